@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The surface of the CPU backend: what the targets offer, and what runs plans with them.
+#pragma once
+
+#include <cstdint>
+
+#include "../plan.h"
+#include "jump.h"
+
+namespace fastinit {
+
+// A window that moves forward over one MT19937 sequence. Words are counted from the first word of
+// the state the window was opened on; x[i] is word base + i, not yet tempered.
+struct Words {
+  static constexpr uint32_t kState = 624;
+  static constexpr uint32_t kCapacity = 4 * kState;  // 10 KB: half of the smallest L1 cache
+  static constexpr uint32_t kPad = 32;               // vectors may read and write past the end
+  alignas(64) uint32_t x[kCapacity + kPad];
+  uint64_t base;
+  uint32_t pos, end;  // x[pos, end) are the words at hand
+
+  uint64_t position() const { return base + pos; }
+};
+
+struct Target {
+  const char* name;
+  bool (*supported)();
+  // Moves the window to a later position by producing all words up to it.
+  void (*skip)(Words&, uint64_t position);
+  // Moves the window's base on by the jump's distance, without producing what lies between.
+  void (*jump)(Words&, const Jump&);
+  // Writes items [begin, end) of a fill; `words` stands at the first word of item `begin`.
+  // `cached` is read and written by normal_pairs only. stream: bypass the cache.
+  void (*fill)(const FillDesc&, Words& words, uint64_t begin, uint64_t end, bool stream,
+               double* cached);
+  // One round of trunc_normal_ on items [begin, end): the first writes all of them and marks in
+  // `pending` (one bit per item) those outside the bounds, later ones rewrite marked items.
+  // Returns how many are still pending.
+  uint64_t (*trunc_round)(const FillDesc&, Words& words, uint64_t begin, uint64_t end,
+                          uint16_t* pending, bool first_round);
+};
+
+const Target* targets(int* count);             // the compiled ones, best first
+const Target* find_target(const char* name);   // "": the best one that runs here; or nullptr
+
+struct Control {
+  int threads;
+  bool (*interrupted)();  // asked now and then by the calling thread
+};
+
+// One torch generator: its state, advanced by run_*, and the words the plan draws from it.
+struct Source {
+  TorchState* state;
+  uint64_t words_drawn;
+};
+
+// Runs fills that touch different memory. False if interrupted: then the tensors are partly written
+// and the sources as before.
+bool run_fills(const Target&, const FillDesc*, int64_t count, Source*, int64_t source_count,
+               const Control&);
+// Runs one trunc_normal fill. *rounds: how often torch draws the whole tensor; 0 if interrupted.
+uint64_t run_trunc(const Target&, const FillDesc&, TorchState*, const Control&);
+
+}  // namespace fastinit

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Loops over the items of one fill. Compiled once per target.
+
+// Writes `count` elements from element `first` of a strided tensor, innermost dimension fastest.
+template <class T>
+void scatter(const FillDesc& d, uint64_t first, const T* values, uint64_t count) {
+  T* const base = reinterpret_cast<T*>(d.address);
+  const Strided& s = d.strided;
+  int64_t index[4] = {};
+  for (int k = 0; k < d.rank; ++k) {
+    index[k] = static_cast<int64_t>(first % static_cast<uint64_t>(s.size[k]));
+    first /= static_cast<uint64_t>(s.size[k]);
+  }
+  while (count != 0) {
+    int64_t offset = 0;
+    for (int k = 0; k < d.rank; ++k) offset += index[k] * s.stride[k];
+    const uint64_t left = static_cast<uint64_t>(s.size[0] - index[0]);
+    const uint64_t run = count < left ? count : left;
+    for (uint64_t i = 0; i < run; ++i) base[offset + static_cast<int64_t>(i) * s.stride[0]] = values[i];
+    values += run;
+    count -= run;
+    index[0] = 0;
+    for (int k = 1; k < d.rank && ++index[k] == s.size[k]; ++k) index[k] = 0;
+  }
+}
+
+// Fewer items than a step writes, from as many words as they take.
+template <class Law>
+void write_rest(const Law& law, Words& w, typename Law::T* out, uint64_t items) {
+  uint32_t raw[Law::kStepWords + Words::kPad] = {};
+  typename Law::T values[Law::kItems];
+  take_raw(w, raw, static_cast<uint32_t>(items * Law::kStepWords / Law::kItems));
+  law.template write<false>(raw, values);
+  memcpy(out, values, items * sizeof *out);
+}
+
+template <class Law, bool kStream>
+void write_run(const Law& law, Words& w, typename Law::T* out, uint64_t items) {
+  each_step<Law::kStepWords>(w, items / Law::kItems, [&](const uint32_t* x) __attribute__((always_inline)) {
+    law.template write<kStream>(x, out);
+    out += Law::kItems;
+  });
+  if (items % Law::kItems != 0) write_rest(law, w, out, items % Law::kItems);
+}
+
+// Items [begin, end) of a law that is the same for every item.
+template <class Law>
+void write_items(const Law& law, const FillDesc& d, Words& w, uint64_t begin, uint64_t end,
+                 bool stream) {
+  using T = typename Law::T;
+  if (d.rank == 0) {
+    T* out = reinterpret_cast<T*>(d.address) + begin;
+    stream = stream && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+    if (stream) {
+      write_run<Law, true>(law, w, out, end - begin);
+    } else {
+      write_run<Law, false>(law, w, out, end - begin);
+    }
+    return;
+  }
+  T values[1024];
+  for (uint64_t i = begin; i < end; i += 1024) {
+    const uint64_t n = end - i < 1024 ? end - i : 1024;
+    write_run<Law, false>(law, w, values, n);
+    scatter(d, i, values, n);
+  }
+}
+
+// normal_: full groups of 16; if some elements are left over, the last 16 are drawn again. float
+// and double draw words for the leftover elements first, the 16-bit types do not.
+template <class Law>
+void write_normal(const Law& law, const FillDesc& d, Words& w, uint64_t begin, uint64_t end,
+                  bool stream) {
+  using T = typename Law::T;
+  constexpr uint64_t kPerItem = Law::kStepWords / Law::kItems;
+  const uint64_t whole = d.items / 16 * 16;
+  write_items(law, d, w, begin, end < whole ? end : whole, stream);
+  if (end != d.items || whole == d.items) return;
+  const uint64_t leftover = sizeof(T) == 2 ? 0 : d.items - whole;
+  skip(w, w.position() + leftover * kPerItem);
+  write_rest(law, w, reinterpret_cast<T*>(d.address) + d.items - 16, 16);
+}
+
+
+template <bool kStream>
+void write_pattern(char* out, U pattern, uint64_t bytes) {
+  for (uint64_t i = 0; i < bytes; i += sizeof(U)) put<kStream>(out + i, pattern);
+}
+
+// The same value everywhere.
+template <class T>
+void write_constant(const FillDesc& d, T value, uint64_t begin, uint64_t end, bool stream) {
+  alignas(64) T tile[1024];
+  for (int i = 0; i < 1024; ++i) tile[i] = value;
+  if (d.rank != 0) {
+    for (uint64_t i = begin; i < end; i += 1024) {
+      scatter(d, i, tile, end - i < 1024 ? end - i : 1024);
+    }
+    return;
+  }
+  T* out = reinterpret_cast<T*>(d.address) + begin;
+  uint64_t n = end - begin;
+  if (sizeof(U) >= sizeof(T)) {
+    for (; n != 0 && reinterpret_cast<uintptr_t>(out) % sizeof(U) != 0; --n) *out++ = value;
+    const uint64_t whole = n * sizeof(T) / sizeof(U) * sizeof(U) / sizeof(T);
+    uint32_t lanes[kLanes];
+    memcpy(lanes, tile, sizeof lanes);
+    const U pattern = load(lanes);
+    if (stream) {
+      write_pattern<true>(reinterpret_cast<char*>(out), pattern, whole * sizeof(T));
+    } else {
+      write_pattern<false>(reinterpret_cast<char*>(out), pattern, whole * sizeof(T));
+    }
+    out += whole;
+    n -= whole;
+  }
+  for (; n != 0; --n) *out++ = value;
+}
+
+// eye_ and dirac_: zeros, then the ones that fall into [begin, end).
+template <class T>
+void write_diagonal(const FillDesc& d, T one, uint64_t begin, uint64_t end, bool stream) {
+  write_constant<T>(d, T(), begin, end, stream);
+  T* const out = reinterpret_cast<T*>(d.address);
+  const Diagonal& g = d.diagonal;
+  const uint64_t row_length = static_cast<uint64_t>(g.row_length);
+  for (uint64_t row = begin / row_length; row * row_length < end; ++row) {
+    const int64_t channel = static_cast<int64_t>(row % static_cast<uint64_t>(g.group_rows));
+    if (channel >= g.channels) continue;
+    const uint64_t at = row * row_length + static_cast<uint64_t>(channel * g.channel + g.centre);
+    if (at >= begin && at < end) out[at] = one;
+  }
+}
+
+// normal_ on fewer than 16 or on non-contiguous elements: double Box-Muller, one pair from four
+// words. `cached` is the sine a former call left over; the first item takes it if d.hi != 0.
+template <class T, bool kContract>
+void write_pairs(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, double* cached) {
+  constexpr uint32_t kTile = 256;
+  T values[kTile];
+  uint32_t raw[4 + Words::kPad] = {}, word[4 + Words::kPad];
+  double cosine = 0, sine = *cached;
+  bool have_sine = begin == 0 && d.hi != 0;
+  if (begin != 0 && (begin - (d.hi != 0)) % 2 != 0) {  // in the middle of a pair
+    take_raw(w, raw, 4);
+    temper_all(raw, word, 4);
+    normal_pair(word, cosine, sine);
+    have_sine = true;
+  }
+  for (uint64_t i = begin; i < end; i += kTile) {
+    const uint64_t n = end - i < kTile ? end - i : kTile;
+    for (uint64_t j = 0; j < n; ++j) {
+      double z = sine;
+      if (!have_sine) {
+        take_raw(w, raw, 4);
+        temper_all(raw, word, 4);
+        normal_pair(word, cosine, sine);
+        z = cosine;
+      }
+      have_sine = !have_sine;
+      set_element(values + j, d.dtype, kContract ? std::fma(z, d.b, d.a) : z * d.b + d.a);
+    }
+    scatter(d, i, values, n);
+  }
+  if (end == d.items && have_sine) *cached = sine;
+}
+
+// sparse_: for each column the first `zeros` entries of torch.randperm(rows) become zero. That is
+// a Fisher-Yates shuffle with one word per step; what comes after the step is never read.
+template <class T>
+void write_sparse_mask(const FillDesc& d, Words& w, uint64_t begin, uint64_t end) {
+  const uint32_t rows = static_cast<uint32_t>(d.sparse.rows);
+  const uint32_t zeros = static_cast<uint32_t>(d.sparse.zeros);
+  const uint32_t steps = zeros < rows - 1 ? zeros : rows - 1;
+  T* const base = reinterpret_cast<T*>(d.address);
+  std::unique_ptr<uint32_t[]> order(new uint32_t[rows]);
+  std::unique_ptr<uint64_t[]> reciprocal(new uint64_t[rows]);
+  std::unique_ptr<uint64_t[]> marks(new uint64_t[rows]());  // bit c: row of column c becomes zero
+  for (uint32_t i = 0; i < steps; ++i) reciprocal[i] = ~uint64_t{0} / (rows - i) + 1;
+  for (uint64_t column = begin; column < end; column += 64) {
+    const uint64_t n = end - column < 64 ? end - column : 64;
+    for (uint64_t c = 0; c < n; ++c) {
+      const uint64_t after = w.position() + rows - 1;
+      for (uint32_t i = 0; i < rows; ++i) order[i] = i;
+      uint32_t i = 0;
+      while (i < steps) {
+        alignas(64) uint32_t raw[256 + Words::kPad], word[256 + Words::kPad];
+        const uint32_t k = steps - i < 256 ? steps - i : 256;
+        take_raw(w, raw, k);
+        temper_all(raw, word, k);
+        for (uint32_t j = 0; j < k; ++j, ++i) {
+          // word % (rows - i) without a division (Lemire, Kaser and Kurz 2019).
+          const uint64_t low = reciprocal[i] * word[j];
+          const uint32_t z = static_cast<uint32_t>(
+              static_cast<unsigned __int128>(low) * (rows - i) >> 64);
+          const uint32_t chosen = order[i + z];
+          order[i + z] = order[i];
+          order[i] = chosen;
+          marks[chosen] |= uint64_t{1} << c;
+        }
+      }
+      if (zeros == rows) marks[order[rows - 1]] |= uint64_t{1} << c;
+      skip(w, after);
+    }
+    for (uint32_t row = 0; row < rows; ++row) {
+      T* out = base + static_cast<int64_t>(row) * d.sparse.row_stride + static_cast<int64_t>(column);
+      const uint64_t mark = marks[row];
+      for (uint64_t c = 0; c < n; ++c) out[c] = mark >> c & 1 ? T() : out[c];
+      marks[row] = 0;
+    }
+  }
+}
+
+// The one place where op, dtype and flavour become code.
+template <Dtype dtype, class T>
+void fill_dtype(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool stream,
+                double* cached) {
+  constexpr bool kDouble = dtype == Dtype::f64;
+  constexpr Dtype single = kDouble ? Dtype::f32 : dtype;  // names a law that is not instantiated
+  const bool contract = d.flavour & kContracted;
+  switch (d.op) {
+    case Op::constant: {
+      T value;
+      set_element(&value, dtype, d.a);
+      return write_constant<T>(d, value, begin, end, stream);
+    }
+    case Op::diagonal: {
+      T one;
+      set_element(&one, dtype, 1.0);
+      return write_diagonal<T>(d, one, begin, end, stream);
+    }
+    case Op::uniform:
+      if constexpr (kDouble) {
+        if (contract) return write_items(UniformDouble<true>(d), d, w, begin, end, stream);
+        return write_items(UniformDouble<false>(d), d, w, begin, end, stream);
+      } else {
+        if (contract) return write_items(Uniform<single, true>(d), d, w, begin, end, stream);
+        return write_items(Uniform<single, false>(d), d, w, begin, end, stream);
+      }
+    case Op::normal:
+      if constexpr (kDouble) {
+        return write_normal(NormalLibm<dtype, double>(d), d, w, begin, end, stream);
+      } else {
+        if (d.flavour & kCephes) return write_normal(Normal<dtype>(d), d, w, begin, end, stream);
+        return write_normal(NormalLibm<dtype, float>(d), d, w, begin, end, stream);
+      }
+    case Op::normal_pairs:
+      if (contract) return write_pairs<T, true>(d, w, begin, end, cached);
+      return write_pairs<T, false>(d, w, begin, end, cached);
+    case Op::sparse_mask:
+      return write_sparse_mask<T>(d, w, begin, end);
+    case Op::trunc_normal:
+      return;  // run_trunc
+  }
+}
+
+void fill(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool stream, double* cached) {
+  switch (d.dtype) {
+    case Dtype::f32:
+      return fill_dtype<Dtype::f32, float>(d, w, begin, end, stream, cached);
+    case Dtype::f64:
+      return fill_dtype<Dtype::f64, double>(d, w, begin, end, stream, cached);
+    case Dtype::bf16:
+      return fill_dtype<Dtype::bf16, uint16_t>(d, w, begin, end, stream, cached);
+    case Dtype::f16:
+      return fill_dtype<Dtype::f16, uint16_t>(d, w, begin, end, stream, cached);
+  }
+}

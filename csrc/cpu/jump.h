@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Jump-ahead for MT19937 (Haramoto et al. 2008): how to get from a state to the one far ahead.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+namespace fastinit {
+
+// p(t) = t^(distance - 1) modulo the characteristic polynomial of the recurrence; bit i of `term`
+// is the coefficient of t^i. Word distance + j = xor over the terms of word[1 + i + j], j >= 0.
+// The sum starts at word 1 because the low 31 bits of a state's first word do not take part in
+// the recurrence (after seeding they are arbitrary), and ends up with all bits of every word right.
+struct Jump {
+  static constexpr int32_t kDegree = 19937;
+  uint64_t distance;
+  uint64_t term[kDegree / 64 + 1];
+};
+
+// Computes the jump or takes it from a cache of the most recent ones. distance >= 1. Thread-safe.
+std::shared_ptr<const Jump> make_jump(uint64_t distance);
+bool jump_is_cached(uint64_t distance);
+
+}  // namespace fastinit

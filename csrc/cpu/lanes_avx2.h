@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The vector vocabulary of lanes_scalar.h on 8 lanes: AVX2 with FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "../target.h"
+
+namespace fastinit {
+namespace avx2 {
+FI_BEGIN_TARGET("avx2,fma,f16c")
+namespace {
+
+constexpr int kLanes = 8;
+constexpr int kPairs = 8;
+using F = __m256;
+using U = __m256i;
+
+// Memory, constants, views.
+FI_INLINE U load(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+FI_INLINE void store(uint32_t* p, U v) { _mm256_storeu_si256((__m256i*)p, v); }
+FI_INLINE U words(uint32_t v) { return _mm256_set1_epi32((int)v); }
+FI_INLINE F floats(float v) { return _mm256_set1_ps(v); }
+FI_INLINE U bits(F v) { return _mm256_castps_si256(v); }
+FI_INLINE F view(U v) { return _mm256_castsi256_ps(v); }
+
+// Integers.
+template <int n>
+FI_INLINE U shl(U v) {
+  return _mm256_slli_epi32(v, n);
+}
+template <int n>
+FI_INLINE U shr(U v) {
+  return _mm256_srli_epi32(v, n);
+}
+template <int n>
+FI_INLINE U window(U, U, const uint32_t* p) {
+  return load(p);
+}
+template <int n>
+FI_INLINE U sra(U v) {
+  return _mm256_srai_epi32(v, n);
+}
+FI_INLINE U add(U a, U b) { return _mm256_add_epi32(a, b); }
+FI_INLINE U sub(U a, U b) { return _mm256_sub_epi32(a, b); }
+FI_INLINE F to_float(U v) { return _mm256_cvtepi32_ps(v); }
+
+// Floats.
+FI_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+FI_INLINE F fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
+FI_INLINE F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
+FI_INLINE F root(F v) { return _mm256_sqrt_ps(v); }
+
+// Choices.
+FI_INLINE F if_equal(F x, F y, F yes, F no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, y, _CMP_EQ_OQ));
+}
+FI_INLINE F if_clear(U x, U mask, F yes, F no) {
+  return _mm256_blendv_ps(no, yes, view(_mm256_cmpeq_epi32(x & mask, _mm256_setzero_si256())));
+}
+FI_INLINE U if_odd(U x, U yes) { return sub(words(0), x & words(1)) & yes; }
+FI_INLINE uint32_t lanes_outside(F v, F lo, F hi) {
+  return (uint32_t)_mm256_movemask_ps(
+      _mm256_or_ps(_mm256_cmp_ps(v, lo, _CMP_LT_OQ), _mm256_cmp_ps(v, hi, _CMP_GT_OQ)));
+}
+
+// The nearest value of the 16-bit types.
+FI_INLINE F code_bf16(F v) {
+  const U u = bits(v);
+  return view(add(add(u, words(0x7fff)), shr<16>(u) & words(1)));
+}
+FI_INLINE F round_f16(F v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, 0)); }
+
+// Results.
+template <bool kStream>
+FI_INLINE void put(void* p, U v) {
+  if (kStream) {
+    _mm256_stream_si256((__m256i*)p, v);
+  } else {
+    _mm256_storeu_si256((__m256i*)p, v);
+  }
+}
+template <bool kStream>
+FI_INLINE void put_f32(float* p, F low, F high) {
+  put<kStream>(p, bits(low));
+  put<kStream>(p + kLanes, bits(high));
+}
+template <bool kStream>
+FI_INLINE void put_bf16(uint16_t* p, F low, F high) {
+  const U halves = _mm256_packus_epi32(shr<16>(bits(low)), shr<16>(bits(high)));
+  put<kStream>(p, _mm256_permute4x64_epi64(halves, 0xd8));
+}
+template <bool kStream>
+FI_INLINE void put_f16(uint16_t* p, F low, F high) {
+  put<kStream>(p, _mm256_set_m128i(_mm256_cvtps_ph(high, 0), _mm256_cvtps_ph(low, 0)));
+}
+FI_INLINE void fence() { _mm_sfence(); }
+
+// One step of pairs.
+FI_INLINE void load_pairs(const uint32_t* p, U& first, U& second) {
+  first = load(p);
+  second = load(p + 8);
+}
+FI_INLINE void join_pairs(F&, F&) {}
+
+}  // namespace
+FI_END_TARGET
+}  // namespace avx2
+}  // namespace fastinit

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The vector vocabulary of lanes_scalar.h on 16 lanes: AVX-512 F and DQ (with AVX2, FMA, F16C).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "../target.h"
+
+namespace fastinit {
+namespace avx512 {
+FI_BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl")
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kPairs = 16;
+using F = __m512;
+using U = __m512i;
+
+// Memory, constants, views.
+FI_INLINE U load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+FI_INLINE void store(uint32_t* p, U v) { _mm512_storeu_si512(p, v); }
+FI_INLINE U words(uint32_t v) { return _mm512_set1_epi32((int)v); }
+FI_INLINE F floats(float v) { return _mm512_set1_ps(v); }
+FI_INLINE U bits(F v) { return _mm512_castps_si512(v); }
+FI_INLINE F view(U v) { return _mm512_castsi512_ps(v); }
+
+// Integers.
+template <int n>
+FI_INLINE U shl(U v) {
+  return _mm512_slli_epi32(v, n);
+}
+template <int n>
+FI_INLINE U shr(U v) {
+  return _mm512_srli_epi32(v, n);
+}
+template <int n>
+FI_INLINE U window(U a, U b, const uint32_t*) {  // an unaligned load would cross a cache line
+  return _mm512_alignr_epi32(b, a, n);
+}
+template <int n>
+FI_INLINE U sra(U v) {
+  return _mm512_srai_epi32(v, n);
+}
+FI_INLINE U add(U a, U b) { return _mm512_add_epi32(a, b); }
+FI_INLINE U sub(U a, U b) { return _mm512_sub_epi32(a, b); }
+FI_INLINE F to_float(U v) { return _mm512_cvtepi32_ps(v); }
+
+// Floats.
+FI_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+FI_INLINE F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
+FI_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+FI_INLINE F root(F v) { return _mm512_sqrt_ps(v); }
+
+// Choices.
+FI_INLINE F if_equal(F x, F y, F yes, F no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ), no, yes);
+}
+FI_INLINE F if_clear(U x, U mask, F yes, F no) {
+  return _mm512_mask_blend_ps(_mm512_testn_epi32_mask(x, mask), no, yes);
+}
+FI_INLINE U if_odd(U x, U yes) { return _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(x, words(1)), yes); }
+FI_INLINE uint32_t lanes_outside(F v, F lo, F hi) {
+  return (uint32_t)(_mm512_cmp_ps_mask(v, lo, _CMP_LT_OQ) | _mm512_cmp_ps_mask(v, hi, _CMP_GT_OQ));
+}
+
+// The nearest value of the 16-bit types.
+FI_INLINE F code_bf16(F v) {
+  const U u = bits(v), down = add(u, words(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(u, words(0x10000));
+  return view(_mm512_mask_add_epi32(down, odd, down, words(1)));
+}
+FI_INLINE F round_f16(F v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, 0)); }
+
+// Results.
+template <bool kStream>
+FI_INLINE void put(void* p, U v) {
+  if (kStream) {
+    _mm512_stream_si512((__m512i*)p, v);
+  } else {
+    _mm512_storeu_si512(p, v);
+  }
+}
+template <bool kStream>
+FI_INLINE void put_f32(float* p, F low, F high) {
+  put<kStream>(p, bits(low));
+  put<kStream>(p + kLanes, bits(high));
+}
+template <bool kStream>
+FI_INLINE void put_bf16(uint16_t* p, F low, F high) {
+  const U odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31,
+                                 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  put<kStream>(p, _mm512_permutex2var_epi16(bits(low), odd, bits(high)));
+}
+template <bool kStream>
+FI_INLINE void put_f16(uint16_t* p, F low, F high) {
+  const U l = _mm512_castsi256_si512(_mm512_cvtps_ph(low, 0));
+  put<kStream>(p, _mm512_inserti64x4(l, _mm512_cvtps_ph(high, 0), 1));
+}
+FI_INLINE void fence() { _mm_sfence(); }
+
+// One step of pairs: two groups of 16 words side by side.
+FI_INLINE void load_pairs(const uint32_t* p, U& first, U& second) {
+  const U a = load(p), b = load(p + 16);
+  first = _mm512_shuffle_i64x2(a, b, 0x44);
+  second = _mm512_shuffle_i64x2(a, b, 0xee);
+}
+FI_INLINE void join_pairs(F& first, F& second) {
+  const F low = _mm512_shuffle_f32x4(first, second, 0x44);
+  second = _mm512_shuffle_f32x4(first, second, 0xee);
+  first = low;
+}
+
+}  // namespace
+FI_END_TARGET
+}  // namespace avx512
+}  // namespace fastinit

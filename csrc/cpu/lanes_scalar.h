@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The vector vocabulary at width 1: the fallback target, and the specification of the others.
+// lanes_avx2.h and lanes_avx512.h define the same names in the same order; read them side by side.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../target.h"
+
+namespace fastinit {
+namespace scalar {
+namespace {
+
+constexpr int kLanes = 1;
+constexpr int kPairs = 8;  // Box-Muller pairs per step; a step is 2 * kPairs words or elements
+using F = float;           // kLanes floats
+using U = uint32_t;        // kLanes words; + is not defined on them, & | ^ are
+
+// Memory, constants, views.
+FI_INLINE U load(const uint32_t* p) { return *p; }
+FI_INLINE void store(uint32_t* p, U v) { *p = v; }
+FI_INLINE U words(uint32_t v) { return v; }
+FI_INLINE F floats(float v) { return v; }
+FI_INLINE U bits(F v) {
+  U u;
+  memcpy(&u, &v, 4);
+  return u;
+}
+FI_INLINE F view(U u) {
+  F v;
+  memcpy(&v, &u, 4);
+  return v;
+}
+
+// Integers.
+template <int n>
+FI_INLINE U shl(U v) {
+  return v << n;
+}
+template <int n>
+FI_INLINE U shr(U v) {
+  return v >> n;
+}
+template <int n>
+FI_INLINE U window(U, U, const uint32_t* p) {  // load(p): lanes n, n + 1, ... of a followed by b
+  return load(p);
+}
+template <int n>
+FI_INLINE U sra(U v) {  // copies the sign bit
+  return static_cast<U>(static_cast<int32_t>(v) >> n);
+}
+FI_INLINE U add(U a, U b) { return a + b; }
+FI_INLINE U sub(U a, U b) { return a - b; }
+FI_INLINE F to_float(U v) { return static_cast<float>(static_cast<int32_t>(v)); }
+
+// Floats; F has + - * besides. One rounding each.
+FI_INLINE F fma(F a, F b, F c) { return std::fma(a, b, c); }    //  a * b + c
+FI_INLINE F fms(F a, F b, F c) { return std::fma(a, b, -c); }   //  a * b - c
+FI_INLINE F fnma(F a, F b, F c) { return std::fma(-a, b, c); }  // -a * b + c
+FI_INLINE F root(F v) { return std::sqrt(v); }
+
+// Choices.
+FI_INLINE F if_equal(F x, F y, F yes, F no) { return x == y ? yes : no; }
+FI_INLINE F if_clear(U x, U mask, F yes, F no) { return (x & mask) == 0 ? yes : no; }
+FI_INLINE U if_odd(U x, U yes) { return (0 - (x & 1)) & yes; }  // otherwise 0
+FI_INLINE uint32_t lanes_outside(F v, F lo, F hi) { return v < lo || v > hi; }  // one bit per lane
+
+// The nearest value, ties to even, that the 16-bit types have.
+FI_INLINE F code_bf16(F v) {  // the upper 16 bits; the lower ones are rubbish
+  const U u = bits(v);
+  return view(u + 0x7fff + ((u >> 16) & 1));
+}
+FI_INLINE uint16_t code_f16(F v) {  // IEEE binary16
+  const U u = bits(v), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  U code = (magnitude - 0x38000000 + 0x0fff + ((magnitude >> 13) & 1)) >> 13;
+  if (magnitude >= 0x47800000) code = 0x7c00;  // 65536 and above: infinity
+  if (magnitude < 0x38800000) {                // below 2^-14: a multiple of 2^-24
+    code = static_cast<U>(std::nearbyint(view(magnitude) * 16777216.0f));
+  }
+  return static_cast<uint16_t>(sign | code);
+}
+FI_INLINE F round_f16(F v) {
+  const U code = code_f16(v), sign = (code & 0x8000) << 16, magnitude = code & 0x7fff;
+  if (magnitude < 0x0400) return view(sign | bits(to_float(magnitude) * 5.9604644775390625e-8f));
+  return view(sign | ((magnitude << 13) + (magnitude == 0x7c00 ? 0x70000000 : 0x38000000)));
+}
+
+// Results: a vector, or two that belong kPairs elements apart (code_bf16 first; f16 is rounded here).
+// kStream: past the caches, for p aligned to 64 bytes.
+template <bool kStream>
+FI_INLINE void put(void* p, U v) {
+  memcpy(p, &v, 4);
+}
+template <bool kStream>
+FI_INLINE void put_f32(float* p, F low, F high) {
+  p[0] = low;
+  p[kPairs] = high;
+}
+template <bool kStream>
+FI_INLINE void put_bf16(uint16_t* p, F low, F high) {
+  p[0] = static_cast<uint16_t>(bits(low) >> 16);
+  p[kPairs] = static_cast<uint16_t>(bits(high) >> 16);
+}
+template <bool kStream>
+FI_INLINE void put_f16(uint16_t* p, F low, F high) {
+  p[0] = code_f16(low);
+  p[kPairs] = code_f16(high);
+}
+FI_INLINE void fence() {}
+
+// One step of pairs: torch's groups of 16 words hold 8 first and 8 second members.
+// load: from 2 * kPairs words at p, pair j; join: back to memory order.
+FI_INLINE void load_pairs(const uint32_t* p, U& first, U& second) {
+  first = p[0];
+  second = p[8];
+}
+FI_INLINE void join_pairs(F&, F&) {}
+
+}  // namespace
+}  // namespace scalar
+}  // namespace fastinit

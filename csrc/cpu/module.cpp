@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The Python module fastinit._cpu: unpacks, releases the GIL, raises. No decisions.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cpu.h"
+
+namespace py = pybind11;
+
+namespace fastinit {
+namespace {
+
+const Target& active_target() {
+  static const Target* chosen = nullptr;
+  if (chosen != nullptr) return *chosen;
+  const char* forced = std::getenv("FASTINIT_TARGET");
+  chosen = find_target(forced == nullptr ? "" : forced);
+  if (chosen != nullptr) return *chosen;
+  throw py::value_error(std::string("FASTINIT_TARGET=") + forced +
+                        " is not a compiled target that this processor can run");
+}
+
+bool python_interrupted() {
+  py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
+Control control_of(int threads) { return {threads, python_interrupted}; }
+
+std::vector<FillDesc> unpack(const py::bytes& packed) {
+  const std::string_view data = packed;
+  if (data.size() % sizeof(FillDesc) != 0) throw py::value_error("not a packed plan");
+  std::vector<FillDesc> fills(data.size() / sizeof(FillDesc));
+  memcpy(fills.data(), data.data(), data.size());
+  return fills;
+}
+
+void run(const py::bytes& packed, const std::vector<uint64_t>& states,
+         const std::vector<uint64_t>& words_drawn, int threads) {
+  const std::vector<FillDesc> fills = unpack(packed);
+  std::vector<Source> sources(states.size());
+  for (size_t i = 0; i < states.size(); ++i) {
+    sources[i] = {reinterpret_cast<TorchState*>(states[i]), words_drawn.at(i)};
+  }
+  for (const FillDesc& d : fills) {
+    if (d.source >= static_cast<int64_t>(sources.size())) throw py::value_error("no such source");
+  }
+  const Target& target = active_target();
+  bool done;
+  {
+    py::gil_scoped_release unlocked;
+    done = run_fills(target, fills.data(), static_cast<int64_t>(fills.size()), sources.data(),
+                     static_cast<int64_t>(sources.size()), control_of(threads));
+  }
+  if (!done) throw py::error_already_set();
+}
+
+uint64_t run_truncated(const py::bytes& packed, uint64_t state, int threads) {
+  const std::vector<FillDesc> fills = unpack(packed);
+  if (fills.size() != 1) throw py::value_error("one fill expected");
+  const Target& target = active_target();
+  uint64_t rounds;
+  {
+    py::gil_scoped_release unlocked;
+    rounds = run_trunc(target, fills[0], reinterpret_cast<TorchState*>(state), control_of(threads));
+  }
+  if (rounds == 0) throw py::error_already_set();
+  return rounds;
+}
+
+std::vector<std::pair<std::string, bool>> list_targets() {
+  int count;
+  const Target* table = targets(&count);
+  std::vector<std::pair<std::string, bool>> result;
+  for (int i = 0; i < count; ++i) result.emplace_back(table[i].name, table[i].supported());
+  return result;
+}
+
+}  // namespace
+}  // namespace fastinit
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace fastinit;
+  m.doc() = "Fills of CPU memory with torch's numbers. Addresses are the caller's responsibility.";
+  m.attr("FILL_SIZE") = sizeof(FillDesc);
+  m.attr("STATE_SIZE") = sizeof(TorchState);
+  m.attr("COMPILER") = FASTINIT_COMPILER;
+  m.def("run", &run, py::arg("fills"), py::arg("states"), py::arg("words_drawn"),
+        py::arg("threads"));
+  m.def("run_trunc", &run_truncated, py::arg("fill"), py::arg("state"), py::arg("threads"));
+  m.def("targets", &list_targets);
+  m.def("target", [] { return std::string(active_target().name); });
+}

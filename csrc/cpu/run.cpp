@@ -1,0 +1,292 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Runs plans: divides the items of all fills between threads, by cost and in order, so that each
+// thread moves forward once through each generator's words. Results do not depend on the division.
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <functional>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "cpu.h"
+#include "cursor.h"
+
+namespace fastinit {
+namespace {
+
+constexpr uint64_t kTile = 4096;              // items; a multiple of 16 and of all vectors
+constexpr uint64_t kSparseTile = 64;          // columns
+constexpr double kThreadWorth = 40e3;         // ns of work that pay for starting a thread
+constexpr uint64_t kStreamBytes = 8 << 20;    // larger plans bypass the caches
+constexpr uint64_t kHugePage = 2 << 20;
+
+uint64_t tile_of(const FillDesc& d) { return d.op == Op::sparse_mask ? kSparseTile : kTile; }
+
+// The last tile takes the remainder, so that the elements torch draws twice have one owner.
+uint64_t tiles_of(const FillDesc& d) { return std::max<uint64_t>(1, d.items / tile_of(d)); }
+
+double item_cost(const FillDesc& d) {  // ns on one thread, see cursor.h
+  const bool wide = d.dtype == Dtype::f64;
+  switch (d.op) {
+    case Op::constant:
+    case Op::diagonal:
+      return 0.05 * element_size(d.dtype);
+    case Op::uniform:
+      return wide ? 2.0 : 0.35;
+    case Op::normal:
+    case Op::trunc_normal:
+      return wide ? 10.0 : d.flavour & kCephes ? 0.8 : 8.0;
+    case Op::normal_pairs:
+      return 14.0;
+    case Op::sparse_mask:
+      return 2.0 * static_cast<double>(d.sparse.rows);
+  }
+  return 1.0;
+}
+
+uint64_t words_before(const FillDesc& d, uint64_t item) {
+  switch (d.op) {
+    case Op::normal_pairs:  // the first item is the cached sample if d.hi says so
+      return item == 0 ? 0 : (item - (d.hi != 0)) / 2 * 4;
+    case Op::sparse_mask:
+      return item * static_cast<uint64_t>(d.sparse.rows - 1);
+    default:
+      return d.dtype == Dtype::f64 ? 2 * item : item;
+  }
+}
+
+int worth_threads(double cost, const Control& control) {
+  const int worth = static_cast<int>(std::min(1e6, 1 + cost / kThreadWorth));
+  return std::max(1, std::min(control.threads, worth));
+}
+
+// Runs body(0 ... threads - 1), body(0) on the calling thread. Threads are made for each run: that
+// costs some 20 us each and leaves nothing behind that a fork could lose.
+void parallel(int threads, const std::function<void(int)>& body) {
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) {
+    try {
+      others.emplace_back(body, i);
+    } catch (const std::system_error&) {  // no more threads to be had: do their part here
+      for (int j = i; j < threads; ++j) body(j);
+      break;
+    }
+  }
+  body(0);
+  for (std::thread& t : others) t.join();
+}
+
+// Lets the calling thread (worker 0) ask for interruption, and the others hear of it.
+class Interrupt {
+ public:
+  explicit Interrupt(const Control& control) : control_(control) {}
+  bool raised(int worker) {
+    if (worker == 0 && !stop_ && std::chrono::steady_clock::now() - last_ > kPeriod) {
+      if (control_.interrupted()) stop_ = true;
+      last_ = std::chrono::steady_clock::now();
+    }
+    return stop_;
+  }
+
+ private:
+  static constexpr std::chrono::milliseconds kPeriod{50};
+  const Control& control_;
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+  std::atomic<bool> stop_{false};
+};
+
+// Whether nobody has touched the memory yet; then asks for huge pages, which make first touch three
+// to four times cheaper. Three pages are looked at, not all.
+bool is_fresh(uint64_t address, uint64_t bytes) {
+#ifdef __linux__
+  const uint64_t page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  const uint64_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (bytes < 2 * kHugePage) return false;
+  for (const uint64_t at : {begin, begin + (end - begin) / 2 / page * page, end - page}) {
+    unsigned char resident = 1;
+    if (mincore(reinterpret_cast<void*>(at), page, &resident) != 0 || (resident & 1)) return false;
+  }
+  const uint64_t first = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const uint64_t last = (address + bytes) / kHugePage * kHugePage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  return true;
+#else
+  return address == 0 && bytes == 0;
+#endif
+}
+
+struct Place {  // in the concatenation of all tiles of all fills
+  int64_t fill;
+  uint64_t tile;
+};
+
+// Cuts the work into consecutive shares that take equally long, finding the words included: who
+// starts later in a sequence gets less to do.
+class Division {
+ public:
+  Division(const FillDesc* fills, int64_t count, const Source* sources)
+      : fills_(fills), sources_(sources), before_(static_cast<size_t>(count) + 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      before_[i + 1] = before_[i] + item_cost(fills[i]) * static_cast<double>(fills[i].items);
+    }
+  }
+
+  double total() const { return before_.back(); }
+
+  std::vector<Place> shares(int threads) const {
+    double low = total() / threads, high = total();
+    for (int i = 0; i < 20; ++i) {
+      const double middle = (low + high) / 2;
+      (cut(threads, middle, nullptr) ? high : low) = middle;
+    }
+    std::vector<Place> places;
+    cut(threads, high, &places);
+    places.resize(static_cast<size_t>(threads) + 1, end());
+    places.back() = end();
+    return places;
+  }
+
+ private:
+  Place end() const { return {static_cast<int64_t>(before_.size()) - 1, 0}; }
+
+  Place place(double cost) const {
+    const auto it = std::upper_bound(before_.begin(), before_.end(), cost);
+    if (it == before_.end()) return end();
+    const int64_t fill = it - before_.begin() - 1;
+    const double width = before_[fill + 1] - before_[fill];
+    const double tiles = static_cast<double>(tiles_of(fills_[fill]));
+    return {fill, static_cast<uint64_t>((cost - before_[fill]) / width * tiles)};
+  }
+
+  bool cut(int threads, double time, std::vector<Place>* places) const {
+    double cost = 0;
+    for (int i = 0; i < threads && cost < total(); ++i) {
+      const Place p = place(cost);
+      if (places != nullptr) places->push_back(p);
+      const FillDesc& d = fills_[p.fill];
+      double seek = 0;
+      if (d.source >= 0) {
+        const uint64_t words = d.first_word + words_before(d, p.tile * tile_of(d));
+        seek = std::min(static_cast<double>(words) * kSkipCost, kJumpCost + kPolynomialCost);
+      }
+      cost += std::max(0.0, time - seek);
+    }
+    return cost >= total();
+  }
+
+  const FillDesc* fills_;
+  const Source* sources_;
+  std::vector<double> before_;
+};
+
+}  // namespace
+
+bool run_fills(const Target& target, const FillDesc* fills, int64_t count, Source* sources,
+               int64_t source_count, const Control& control) {
+  uint64_t bytes = 0;
+  for (int64_t i = 0; i < count; ++i) bytes += fills[i].items * element_size(fills[i].dtype);
+  std::vector<char> stream(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const FillDesc& d = fills[i];
+    const bool fresh = d.rank == 0 && is_fresh(d.address, d.items * element_size(d.dtype));
+    stream[i] = bytes >= kStreamBytes && !fresh;
+  }
+  const Division division(fills, count, sources);
+  const int threads = worth_threads(division.total(), control);
+  const std::vector<Place> places = division.shares(threads);
+
+  Interrupt interrupt(control);
+  std::vector<double> cached(static_cast<size_t>(count));
+  std::vector<Cursor> cursors;
+  for (int i = 0; i < threads; ++i) cursors.emplace_back(target);
+  parallel(threads, [&](int worker) {
+    Words unused;
+    unused.pos = unused.end = 0;
+    const Place from = places[worker], to = places[worker + 1];
+    for (int64_t f = from.fill; f <= to.fill && f < count; ++f) {
+      const FillDesc& d = fills[f];
+      const uint64_t tile = tile_of(d), tiles = tiles_of(d);
+      uint64_t first = f == from.fill ? from.tile : 0;
+      const uint64_t last = f == to.fill ? to.tile : tiles;
+      // About a millisecond of work between questions for Ctrl-C.
+      const uint64_t piece = std::max<uint64_t>(1, static_cast<uint64_t>(1e6 / item_cost(d)) / tile);
+      for (; first < last; first = std::min(last, first + piece)) {
+        if (interrupt.raised(worker)) return;
+        const uint64_t until = std::min(last, first + piece);
+        const uint64_t begin = first * tile, end = until == tiles ? d.items : until * tile;
+        Words* words = &unused;
+        double sample = 0;
+        if (d.source >= 0) {
+          const TorchState* state = sources[d.source].state;
+          const uint64_t start = position_of(*state) + d.first_word;
+          words = &cursors[worker].at(state, start + words_before(d, begin));
+          sample = state->normal_y;
+        }
+        target.fill(d, *words, begin, end, stream[f], &sample);
+        if (end == d.items) cached[f] = sample;
+      }
+    }
+  });
+  if (interrupt.raised(-1)) return false;
+
+  for (int64_t s = 0; s < source_count; ++s) {
+    if (sources[s].words_drawn == 0) continue;
+    const uint64_t position = position_of(*sources[s].state) + sources[s].words_drawn;
+    cursors[threads - 1].close(sources[s].state, position);
+  }
+  for (int64_t f = 0; f < count; ++f) {
+    const FillDesc& d = fills[f];
+    if (d.op != Op::normal_pairs || d.items == 0) continue;
+    TorchState& state = *sources[d.source].state;
+    state.normal_is_valid = (d.items - (d.hi != 0)) % 2 != 0;
+    state.normal_y = state.normal_is_valid ? cached[f] : 0;
+  }
+  return true;
+}
+
+// torch draws the whole tensor again and again until no element is outside the bounds, and takes
+// each element from the first draw that is inside. The words of a round lie `round_words` behind
+// those of the one before: a worker keeps one cursor per round and takes a chunk of the tensor
+// through all the rounds it needs while it is in the cache.
+uint64_t run_trunc(const Target& target, const FillDesc& d, TorchState* state,
+                   const Control& control) {
+  constexpr uint64_t kChunk = 8;  // tiles: 128 KB of float, 4 KB of masks
+  is_fresh(d.address, d.items * static_cast<uint64_t>(element_size(d.dtype)));
+  const uint64_t per_item = d.dtype == Dtype::f64 ? 2 : 1, rest = d.items % 16;
+  const uint64_t drawn = element_size(d.dtype) == 2 ? d.items - rest : d.items;
+  const uint64_t round_words = per_item * (drawn + (rest != 0 ? 16 : 0));
+  const uint64_t tiles = tiles_of(d), start = position_of(*state) + d.first_word;
+  const int threads = worth_threads(2.5 * item_cost(d) * static_cast<double>(d.items), control);
+
+  Interrupt interrupt(control);
+  std::vector<std::vector<Cursor>> cursors(static_cast<size_t>(threads));
+  parallel(threads, [&](int worker) {
+    std::vector<Cursor>& rounds = cursors[worker];
+    std::vector<uint16_t> pending((kChunk + 2) * kTile / 16);
+    const uint64_t stop = tiles * (worker + 1) / threads;
+    for (uint64_t tile = tiles * worker / threads; tile < stop; tile += kChunk) {
+      const uint64_t until = std::min(stop, tile + kChunk);
+      const uint64_t begin = tile * kTile, end = until == tiles ? d.items : until * kTile;
+      uint64_t left = 1;
+      for (size_t round = 0; left != 0; ++round) {
+        if (interrupt.raised(worker)) return;
+        if (round == rounds.size()) rounds.emplace_back(target);
+        Words& w = rounds[round].at(state, start + round * round_words + begin * per_item);
+        left = target.trunc_round(d, w, begin, end, pending.data(), round == 0);
+      }
+    }
+  });
+  if (interrupt.raised(-1)) return 0;
+  size_t total = 0;
+  for (const auto& rounds : cursors) total = std::max(total, rounds.size());
+  Cursor(target).close(state, start + total * round_words);
+  return total;
+}
+
+}  // namespace fastinit

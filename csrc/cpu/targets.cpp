@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Compiles the *.inl.h once per instruction set, and chooses between them at run time.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+
+#include "cpu.h"
+#include "lanes_scalar.h"
+#ifdef FI_X86
+#include "lanes_avx2.h"
+#include "lanes_avx512.h"
+#endif
+
+// Everything per target lives in an unnamed namespace: no inline function of one target may be
+// merged with its namesake of another.
+namespace fastinit {
+namespace scalar {
+namespace {
+#include "mt19937.inl.h"
+#include "torch_dist.inl.h"
+#include "fill.inl.h"
+#include "trunc.inl.h"
+}  // namespace
+}  // namespace scalar
+
+#ifdef FI_X86
+FI_BEGIN_TARGET("avx2,fma,f16c")
+namespace avx2 {
+namespace {
+#include "mt19937.inl.h"
+#include "torch_dist.inl.h"
+#include "fill.inl.h"
+#include "trunc.inl.h"
+}  // namespace
+}  // namespace avx2
+FI_END_TARGET
+
+FI_BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl")
+namespace avx512 {
+namespace {
+#include "mt19937.inl.h"
+#include "torch_dist.inl.h"
+#include "fill.inl.h"
+#include "trunc.inl.h"
+}  // namespace
+}  // namespace avx512
+FI_END_TARGET
+#endif
+
+namespace {
+
+#ifdef FI_X86
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// The one table: best first, name, required features and functions in the same row.
+const Target kTargets[] = {
+#ifdef FI_X86
+    {"avx512", has_avx512, avx512::skip, avx512::jump, avx512::fill, avx512::trunc_round},
+    {"avx2", has_avx2, avx2::skip, avx2::jump, avx2::fill, avx2::trunc_round},
+#endif
+    {"scalar", [] { return true; }, scalar::skip, scalar::jump, scalar::fill, scalar::trunc_round},
+};
+
+}  // namespace
+
+const Target* targets(int* count) {
+  *count = sizeof kTargets / sizeof *kTargets;
+  return kTargets;
+}
+
+const Target* find_target(const char* name) {
+  for (const Target& t : kTargets) {
+    const bool wanted = name == nullptr || *name == '\0' || strcmp(name, t.name) == 0;
+    if (wanted && t.supported()) return &t;
+  }
+  return nullptr;
+}
+
+}  // namespace fastinit

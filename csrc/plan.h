@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The contract between Python (fastinit/plan.py packs it) and the kernels: what to write, where,
+// and which random words belong to it. Every decision is taken before; a kernel only obeys.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace fastinit {
+
+enum class Dtype : uint8_t { f32, f64, bf16, f16 };
+
+// What one item is, and how many 32-bit words of its source it takes (f64 takes twice as many):
+enum class Op : uint8_t {
+  constant,      // item = element, no words.     a = value
+  diagonal,      // item = element, no words.     eye_ and dirac_; `shape` is a Diagonal
+  uniform,       // item = element, 1 word.       a = from, b = to
+  normal,        // item = element, 1 word.       a = mean, b = std; torch's groups of 16
+  normal_pairs,  // item = element, 4 per pair.   a = mean, b = std; torch's scalar Box-Muller
+  trunc_normal,  // item = element, 1 per round.  as normal, redrawn while outside [lo, hi]
+  sparse_mask,   // item = column, rows - 1.      zeroes part of each column; `shape` is a Sparse
+};
+
+// How the running torch evaluates the float32 Box-Muller of its groups of 16, and whether its
+// compiler contracted multiply and add. Found by the probes in fastinit/probe.py.
+enum Flavour : uint8_t {
+  kContracted = 1,  // a * b + c is one rounding (torch's AVX2 and AVX-512 kernels)
+  kCephes = 2,      // log, sin, cos are the cephes polynomials; otherwise libm's functions
+};
+
+// A strided destination, innermost dimension first, strides in elements. rank 0: dense memory.
+struct Strided {
+  int64_t size[4];
+  int64_t stride[4];
+};
+
+// Ones in an otherwise zero tensor of rows of `row_length` elements: row r has its one at column
+// (r mod group_rows) * channel + centre, if (r mod group_rows) < channels.
+struct Diagonal {
+  int64_t row_length, group_rows, channels, channel, centre, unused[3];
+};
+
+struct Sparse {
+  int64_t rows, zeros, row_stride, unused[5];  // zeros per column; columns are adjacent in memory
+};
+
+struct FillDesc {
+  uint64_t address;     // of element 0; owned by the plan, which keeps the tensor alive
+  uint64_t items;       // elements, or columns for sparse_mask
+  double a, b;          // parameters of the law
+  double lo, hi;        // bounds of trunc_normal, already rounded to the dtype
+  uint64_t first_word;  // counted from the position the source had when the plan started
+  int32_t source;       // index into the plan's sources; -1: none
+  Op op;
+  Dtype dtype;
+  uint8_t flavour;  // of enum Flavour
+  uint8_t rank;     // of `strided`; 0: dense
+  union {
+    Strided strided;
+    Diagonal diagonal;
+    Sparse sparse;
+  };
+};
+static_assert(sizeof(FillDesc) == 128 && std::is_trivially_copyable<FillDesc>::value,
+              "fastinit/plan.py packs 128 bytes");
+
+// The state of torch's CPU generator as Generator.get_state() lays it out (5,056 bytes).
+struct TorchState {
+  uint64_t seed;
+  int32_t left, seeded;  // left counts down from 624; 1: the next draw refills
+  uint64_t next;         // index of the next word in `words`
+  uint64_t words[624];   // each holds 32 bits, not yet tempered
+  double normal_x, normal_y, normal_rho;  // normal_y: the cached second sample
+  int32_t normal_is_valid, pad;
+  float next_float_normal;
+  int32_t next_float_is_valid;
+};
+static_assert(sizeof(TorchState) == 5056, "torch.Generator.get_state() has 5,056 bytes");
+
+inline int element_size(Dtype dtype) {
+  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+}
+
+}  // namespace fastinit

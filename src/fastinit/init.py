@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The functions of torch.nn.init: same signatures, same bits, same errors.
+
+Each builds a fill of what torch's function would write. If that kind of fill is proved equal
+(probe.py) it runs natively, now or when the plan that records it does; whatever is unusual (other
+devices, dtypes, layouts, subclasses, modes, arguments out of range) is passed on to torch as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import Parameter
+from torch.nn import init as _torch_init
+
+from fastinit import plan, probe, source
+
+_torch = SimpleNamespace(**{name: getattr(_torch_init, name) for name in _torch_init.__all__})
+_calculate_fan_in_and_fan_out = _torch_init._calculate_fan_in_and_fan_out
+_calculate_correct_fan = _torch_init._calculate_correct_fan
+__all__ = list(_torch_init.__all__)
+
+_PLAIN = frozenset((Tensor, Parameter))
+_CONSTANT = 64  # times as many elements until torch's own fill_ costs more than a look at it
+
+
+def _is_large(t: Any, at_least: int = 1) -> bool:
+    """Worth a look: a plain tensor, of some size unless it is one of many."""
+    return type(t) in _PLAIN and (
+        t.numel() >= at_least * plan.MIN_NATIVE or plan.recorder() is not None
+    )
+
+
+def _run(*fills: plan.Fill | None) -> bool:
+    """Run or record the fills, if all of them can be done natively with torch's bits."""
+    proved = []
+    for fill in fills:
+        fill = probe.proved(fill)
+        if fill is None:
+            return False
+        proved.append(fill)
+    recorder = plan.recorder()
+    if recorder is not None:
+        recorder.add(proved)
+        return True
+    try:
+        plan.run(proved)
+    except source.GeneratorBusy:
+        return False
+    return True
+
+
+def _pass_on(function: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Tensor:
+    """Call torch's function, or record the call."""
+    recorder = plan.recorder()
+    if recorder is None:
+        return function(tensor, *args)
+    recorder.call(functools.partial(function, tensor, *args))
+    return tensor
+
+
+def calculate_gain(nonlinearity: Any, param: int | float | None = None) -> float:
+    """Return the recommended gain for a nonlinearity; `torch.nn.init.calculate_gain`.
+
+    Args:
+        nonlinearity: linear, conv{1,2,3}d, conv_transpose{1,2,3}d, sigmoid (1), tanh (5/3),
+            relu (sqrt 2), leaky_relu (sqrt(2 / (1 + slope^2))) or selu (3/4)
+        param: the slope of leaky_relu (default 0.01)
+
+    Raises:
+        ValueError: unknown nonlinearity, or `param` is not a number.
+    """
+    return cast(float, _torch.calculate_gain(nonlinearity, param))
+
+
+def uniform_(
+    tensor: Tensor, a: float = 0.0, b: float = 1.0, generator: Generator | None = None
+) -> Tensor:
+    """Fill `tensor` in place with U[a, b) and return it; `torch.nn.init.uniform_`.
+
+    Args:
+        tensor: any shape; float32, float64, bfloat16 and float16 on the CPU are filled natively
+        a: lower bound
+        b: upper bound
+        generator: where the words come from (default: torch's default generator)
+
+    Raises:
+        RuntimeError: a > b, a bound outside the dtype's range, or an integer dtype.
+    """
+    if _is_large(tensor) and _run(plan.uniform(tensor, a, b, generator)):
+        return tensor
+    return _pass_on(_torch.uniform_, tensor, a, b, generator)
+
+
+def normal_(
+    tensor: Tensor, mean: float = 0.0, std: float = 1.0, generator: Generator | None = None
+) -> Tensor:
+    """Fill `tensor` in place with N(mean, std^2) and return it; `torch.nn.init.normal_`.
+
+    Args:
+        tensor: any shape; float32, float64, bfloat16 and float16 on the CPU are filled natively
+        mean: of the distribution
+        std: of the distribution, not negative
+        generator: where the words come from (default: torch's default generator)
+
+    Raises:
+        RuntimeError: std < 0, or an integer dtype.
+    """
+    if _is_large(tensor) and _run(plan.normal(tensor, mean, std, generator)):
+        return tensor
+    return _pass_on(_torch.normal_, tensor, mean, std, generator)
+
+
+def trunc_normal_(
+    tensor: Tensor,
+    mean: float = 0.0,
+    std: float = 1.0,
+    a: float = -2.0,
+    b: float = 2.0,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Fill with N(mean, std^2) truncated to [a, b]; `torch.nn.init.trunc_normal_`.
+
+    Native where torch (2.12 and later) rejects draws of normal_, that is if more than 30 % of them
+    lie inside; otherwise torch's own operators run.
+
+    Args:
+        tensor: any shape; float32, float64, bfloat16 and float16 on the CPU are filled natively
+        mean: of the normal distribution
+        std: of the normal distribution, positive
+        a: lower cutoff, in the units of the values (not of std)
+        b: upper cutoff
+        generator: where the words come from (default: torch's default generator)
+
+    Returns:
+        `tensor`, filled in place.
+
+    Warns:
+        UserWarning: the mean is more than two std outside [a, b].
+    """
+    if _is_large(tensor) and _run(plan.trunc_normal(tensor, mean, std, a, b, generator)):
+        return tensor
+    return _pass_on(_torch.trunc_normal_, tensor, mean, std, a, b, generator)
+
+
+def constant_(tensor: Tensor, val: float) -> Tensor:
+    """Fill `tensor` (any shape, any dtype) with `val` and return it; `torch.nn.init.constant_`.
+
+    Raises:
+        RuntimeError: the dtype cannot hold `val`.
+    """
+    if _is_large(tensor, _CONSTANT) and _run(plan.constant(tensor, val)):
+        return tensor
+    return _pass_on(_torch.constant_, tensor, val)
+
+
+def ones_(tensor: Tensor) -> Tensor:
+    """Fill `tensor` (any shape, any dtype) with 1 and return it; `torch.nn.init.ones_`."""
+    if _is_large(tensor, _CONSTANT) and _run(plan.constant(tensor, 1.0)):
+        return tensor
+    return _pass_on(_torch.ones_, tensor)
+
+
+def zeros_(tensor: Tensor) -> Tensor:
+    """Fill `tensor` (any shape, any dtype) with 0 and return it; `torch.nn.init.zeros_`."""
+    if _is_large(tensor, _CONSTANT) and _run(plan.constant(tensor, 0.0)):
+        return tensor
+    return _pass_on(_torch.zeros_, tensor)
+
+
+def eye_(tensor: Tensor) -> Tensor:
+    """Make a matrix the identity and return it; `torch.nn.init.eye_`.
+
+    Args:
+        tensor: shape (rows, columns), any dtype
+
+    Raises:
+        ValueError: not two dimensions.
+    """
+    if _is_large(tensor) and tensor.dim() == 2 and _run(plan.diagonal(tensor, 0)):
+        return tensor
+    return _pass_on(_torch.eye_, tensor)
+
+
+def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
+    """Make a convolution pass its input through; `torch.nn.init.dirac_`.
+
+    Args:
+        tensor: shape (out channels, in channels / groups, *kernel) with 1 to 3 kernel dimensions
+        groups: of the convolution; each keeps as many of its channels as fit
+
+    Raises:
+        ValueError: other numbers of dimensions, or out channels not divisible by `groups`.
+    """
+    if (
+        _is_large(tensor)
+        and tensor.dim() in (3, 4, 5)
+        and type(groups) is int
+        and groups > 0
+        and tensor.shape[0] % groups == 0
+        and _run(plan.diagonal(tensor, groups))
+    ):
+        return tensor
+    return _pass_on(_torch.dirac_, tensor, groups)
+
+
+def xavier_uniform_(
+    tensor: Tensor, gain: float = 1.0, generator: Generator | None = None
+) -> Tensor:
+    """Fill with U(-a, a), a = gain sqrt(6 / (fan_in + fan_out)); `torch.nn.init.xavier_uniform_`.
+
+    Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks"
+    (2010).
+
+    Args:
+        tensor: shape (fan_out, fan_in, *kernel)
+        gain: scaling factor, see `calculate_gain`
+        generator: where the words come from (default: torch's default generator)
+
+    Raises:
+        ValueError: fewer than two dimensions.
+    """
+    if _is_large(tensor) and tensor.dim() >= 2:
+        a = math.sqrt(3.0) * _xavier_std(tensor, gain)
+        if _run(plan.uniform(tensor, -a, a, generator)):
+            return tensor
+    return _pass_on(_torch.xavier_uniform_, tensor, gain, generator)
+
+
+def xavier_normal_(
+    tensor: Tensor, gain: float = 1.0, generator: Generator | None = None
+) -> Tensor:
+    """Fill with N(0, std^2), std = gain sqrt(2 / (fan_in + fan_out)); `torch.nn.init.xavier_normal_`.
+
+    Glorot and Bengio (2010), as `xavier_uniform_`.
+
+    Args:
+        tensor: shape (fan_out, fan_in, *kernel)
+        gain: scaling factor, see `calculate_gain`
+        generator: where the words come from (default: torch's default generator)
+
+    Raises:
+        ValueError: fewer than two dimensions.
+    """
+    if _is_large(tensor) and tensor.dim() >= 2:
+        if _run(plan.normal(tensor, 0.0, _xavier_std(tensor, gain), generator)):
+            return tensor
+    return _pass_on(_torch.xavier_normal_, tensor, gain, generator)
+
+
+def _xavier_std(tensor: Tensor, gain: float) -> float:
+    fan_in, fan_out = _calculate_fan_in_and_fan_out(tensor)
+    return gain * math.sqrt(2.0 / float(fan_in + fan_out))
+
+
+def kaiming_uniform_(
+    tensor: Tensor,
+    a: float = 0,
+    mode: Any = "fan_in",
+    nonlinearity: Any = "leaky_relu",
+    generator: Generator | None = None,
+) -> Tensor:
+    """Fill with U(-bound, bound), bound = gain sqrt(3 / fan); `torch.nn.init.kaiming_uniform_`.
+
+    He et al., "Delving deep into rectifiers" (2015).
+
+    Args:
+        tensor: shape (fan_out, fan_in, *kernel)
+        a: negative slope of the rectifier, used with leaky_relu only
+        mode: "fan_in" keeps the variance in the forward pass, "fan_out" in the backward pass
+        nonlinearity: see `calculate_gain`
+        generator: where the words come from (default: torch's default generator)
+
+    Raises:
+        ValueError: fewer than two dimensions, unknown mode or nonlinearity.
+
+    Warns:
+        UserWarning: the tensor has no elements; nothing is done.
+    """
+    if _is_large(tensor) and tensor.numel() != 0:
+        bound = math.sqrt(3.0) * _kaiming_std(tensor, a, mode, nonlinearity)
+        if _run(plan.uniform(tensor, -bound, bound, generator)):
+            return tensor
+    return _pass_on(_torch.kaiming_uniform_, tensor, a, mode, nonlinearity, generator)
+
+
+def kaiming_normal_(
+    tensor: Tensor,
+    a: float = 0,
+    mode: Any = "fan_in",
+    nonlinearity: Any = "leaky_relu",
+    generator: Generator | None = None,
+) -> Tensor:
+    """Fill with N(0, std^2), std = gain / sqrt(fan); `torch.nn.init.kaiming_normal_`.
+
+    He et al. (2015), as `kaiming_uniform_`; same arguments, errors and warning.
+    """
+    if _is_large(tensor) and tensor.numel() != 0:
+        std = _kaiming_std(tensor, a, mode, nonlinearity)
+        if _run(plan.normal(tensor, 0.0, std, generator)):
+            return tensor
+    return _pass_on(_torch.kaiming_normal_, tensor, a, mode, nonlinearity, generator)
+
+
+def _kaiming_std(tensor: Tensor, a: float, mode: Any, nonlinearity: Any) -> float:
+    fan = _calculate_correct_fan(tensor, mode)
+    return float(calculate_gain(nonlinearity, a) / math.sqrt(fan))
+
+
+def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = None) -> Tensor:
+    """Fill with a (semi-)orthogonal matrix times gain; `torch.nn.init.orthogonal_`.
+
+    Saxe et al., "Exact solutions to the nonlinear dynamics of learning in deep linear neural
+    networks" (2013); uniform by the Haar measure after Mezzadri, arXiv math-ph/0609050.
+
+    Args:
+        tensor: shape (rows, *columns), float32 or float64; trailing dimensions are flattened
+        gain: scaling factor
+        generator: where the words come from (default: torch's default generator)
+
+    Raises:
+        ValueError: fewer than two dimensions.
+        RuntimeError: a dtype torch.linalg.qr does not have.
+    """
+    if not (_is_large(tensor) and tensor.dim() >= 2 and tensor.numel() != 0):
+        return _pass_on(_torch.orthogonal_, tensor, gain, generator)
+    return _pass_on(_orthogonal, tensor, gain, generator)
+
+
+def _orthogonal(tensor: Tensor, gain: float, generator: Generator | None) -> Tensor:
+    """torch's way, but for the draw."""
+    rows, columns = tensor.shape[0], tensor.numel() // tensor.shape[0]
+    with torch.no_grad():
+        flat = tensor.new_empty((rows, columns))
+        if not plan.accepts(tensor) or not _run(plan.normal(flat, 0.0, 1.0, generator)):
+            return cast(Tensor, _torch.orthogonal_(tensor, gain, generator))
+        q, r = torch.linalg.qr(flat.t_() if rows < columns else flat)
+        q *= torch.diag(r, 0).sign()
+        tensor.view_as(q.t_() if rows < columns else q).copy_(q)
+        tensor.mul_(gain)
+    return tensor
+
+
+def sparse_(
+    tensor: Tensor, sparsity: float, std: float = 0.01, generator: Generator | None = None
+) -> Tensor:
+    """Fill a matrix with N(0, std^2) and zero part of each column; `torch.nn.init.sparse_`.
+
+    Martens, "Deep learning via Hessian-free optimization" (2010). As in torch, `generator` serves
+    the normals; which rows become zero always comes from the default generator.
+
+    Args:
+        tensor: shape (rows, columns)
+        sparsity: fraction of each column's elements that become zero
+        std: of the others
+        generator: where the words of the normals come from (default: torch's default generator)
+
+    Raises:
+        ValueError: not two dimensions.
+    """
+    if (
+        _is_large(tensor)
+        and tensor.dim() == 2
+        and type(sparsity) in (int, float)
+        and 0 <= sparsity <= 1
+        and _run(
+            plan.normal(tensor, 0.0, std, generator),
+            plan.sparse_mask(tensor, math.ceil(sparsity * tensor.shape[0])),
+        )
+    ):
+        return tensor
+    return _pass_on(_torch.sparse_, tensor, sparsity, std, generator)
+
+
+def _deprecated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    new, old = function.__name__, function.__name__[:-1]
+
+    def alias(*args: Any, **kwargs: Any) -> Tensor:
+        warnings.warn(
+            f"`nn.init.{old}` is now deprecated in favor of `nn.init.{new}`.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return function(*args, **kwargs)
+
+    alias.__name__ = alias.__qualname__ = old
+    alias.__doc__ = f"Deprecated: the old name of `{new}`."
+    return alias
+
+
+uniform = _deprecated(uniform_)
+normal = _deprecated(normal_)
+constant = _deprecated(constant_)
+eye = _deprecated(eye_)
+dirac = _deprecated(dirac_)
+xavier_uniform = _deprecated(xavier_uniform_)
+xavier_normal = _deprecated(xavier_normal_)
+kaiming_uniform = _deprecated(kaiming_uniform_)
+kaiming_normal = _deprecated(kaiming_normal_)
+orthogonal = _deprecated(orthogonal_)
+sparse = _deprecated(sparse_)

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""From tensors to packed descriptors: checks, order, words, overlap. No kernel decides anything.
+
+A `Fill` is one tensor with what is to be written into it. `run` takes fills in the order torch would
+have executed them and hands them to the compiled module in as few calls as that order allows.
+This is the only module that takes the addresses of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import threading
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.utils._device
+from torch import Tensor
+
+from fastinit import backend, source
+
+MIN_NATIVE = 2048  # single calls on fewer elements go to torch, whose call costs less
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_LARGEST = {torch.float16: 3e4}  # |parameters| up to here cannot leave the dtype's range,
+_LARGEST_OTHER = 1e37  # nor can the difference of two
+OPS = ("constant", "diagonal", "uniform", "normal", "normal_pairs", "trunc_normal", "sparse_mask")
+_OP_CODE = {op: code for code, op in enumerate(OPS)}
+_PACK = struct.Struct("<QQddddQiBBBB8q")  # FillDesc of csrc/plan.h
+_DENSE = (0,) * 8
+_FAR = 9.0  # no normal lies farther from its mean, in standard deviations (53 bits: 8.57)
+
+
+class Fill(NamedTuple):
+    tensor: Tensor
+    op: str
+    a: float = 0.0  # value; from; mean
+    b: float = 0.0  # to; std
+    generator: torch.Generator | None = None  # None: no words are drawn
+    layout: str = "contiguous"  # contiguous, dense (permuted) or strided
+    rank: int = 0
+    shape: tuple[int, ...] = _DENSE  # FillDesc's union
+    items: int = 0
+    lo: float = 0.0
+    hi: float = 0.0
+    flavour: int = 0
+    bumps: int = 1  # of the tensor's version counter
+
+
+# ---- what the kernels can take -------------------------------------------------------------------
+
+class Recorder(Protocol):
+    """Takes what would otherwise be run at once."""
+
+    modes: int  # how many dispatch modes it has put on torch's stack
+
+    def add(self, fills: list[Fill]) -> None: ...
+    def call(self, function: Callable[[], object]) -> None: ...
+
+
+class _Local(threading.local):
+    recorder: Recorder | None = None
+
+
+_local = _Local()
+
+
+def recorder() -> Recorder | None:
+    """The recorder of this thread, if there is one."""
+    return _local.recorder
+
+
+def set_recorder(value: Recorder | None) -> Recorder | None:
+    """Replace the recorder of this thread; returns the one before."""
+    before, _local.recorder = _local.recorder, value
+    return before
+
+
+def _modes_allow() -> bool:
+    """No mode, transform or tracer is active that would have to see torch's operators."""
+    c = torch._C
+    own = 0 if _local.recorder is None else _local.recorder.modes
+    for i in range(c._len_torch_function_stack()):
+        if type(c._get_function_stack_at(i)) is not torch.utils._device.DeviceContext:
+            return False
+    return (
+        c._len_torch_dispatch_stack() == own
+        and c._functorch.peek_interpreter_stack() is None
+        and c._get_tracing_state() is None
+        and not torch.compiler.is_compiling()
+    )
+
+
+def accepts(t: Tensor) -> bool:
+    """Plain CPU memory that torch.nn.init would write without a word about it."""
+    return (
+        t.dtype in DTYPES
+        and t.device.type == "cpu"
+        and t.layout is torch.strided
+        and not (t.is_nested or t.is_neg() or t.is_inference())
+        and not (t.requires_grad and not t.is_leaf)
+        and _modes_allow()
+    )
+
+
+def layout_of(t: Tensor) -> tuple[str, int, tuple[int, ...]] | None:
+    """(layout, rank, sizes and strides), dimensions in the order of TensorIterator: by stride.
+
+    None: elements may share memory, or more than four dimensions are left after merging.
+    """
+    if t.is_contiguous():
+        return "contiguous", 0, _DENSE
+    sizes: list[int] = []
+    strides: list[int] = []
+    reach = 1  # elements covered by the dimensions so far, gaps included
+    for stride, size in sorted((st, sz) for st, sz in zip(t.stride(), t.shape) if sz != 1):
+        if stride < reach:
+            return None
+        if sizes and stride == sizes[-1] * strides[-1]:
+            sizes[-1] *= size
+        else:
+            sizes.append(size)
+            strides.append(stride)
+        reach = stride * (size - 1) + reach
+    if strides == [1]:
+        return "dense", 0, _DENSE
+    if len(sizes) > 4:
+        return None
+    pad = (0,) * (4 - len(sizes))
+    return "strided", len(sizes), (*sizes, *pad, *strides, *pad)
+
+
+def _number(value: object, dtype: torch.dtype) -> float | None:
+    """A finite int or float that all dtypes' checks would let pass."""
+    if type(value) is not float and type(value) is not int:
+        return None
+    return float(value) if abs(value) <= _LARGEST.get(dtype, _LARGEST_OTHER) else None  # not NaN
+
+
+def _describe(t: Tensor, op: str, a: object, b: object, generator: object) -> Fill | None:
+    if not accepts(t) or not source.is_supported(generator):
+        return None
+    x, y = _number(a, t.dtype), _number(b, t.dtype)
+    layout = layout_of(t)
+    if x is None or y is None or layout is None or t.numel() == 0:
+        return None
+    return Fill(t, op, x, y, source.resolve(generator), *layout, t.numel())  # type: ignore[arg-type]
+
+
+def uniform(t: Tensor, a: object, b: object, generator: object) -> Fill | None:
+    fill = _describe(t, "uniform", a, b, generator)
+    return fill if fill is not None and fill.a <= fill.b else None
+
+
+def normal(t: Tensor, mean: object, std: object, generator: object) -> Fill | None:
+    fill = _describe(t, "normal", mean, std, generator)
+    if fill is None or fill.b < 0:
+        return None
+    if fill.items >= 16 and fill.layout == "contiguous":
+        return fill
+    if fill.rank == 0:  # the kernel for pairs addresses every element
+        fill = fill._replace(rank=1, shape=(fill.items, 0, 0, 0, 1, 0, 0, 0))
+    return fill._replace(op="normal_pairs")
+
+
+def trunc_normal(
+    t: Tensor, mean: object, std: object, a: object, b: object, generator: object
+) -> Fill | None:
+    """Where torch would reject proposals of normal_, which it does if most are inside [a, b]."""
+    fill = normal(t, mean, std, generator)
+    low, high = _number(a, t.dtype), _number(b, t.dtype)
+    if fill is None or low is None or high is None or fill.b == 0:
+        return None
+    below, above = (low - fill.a) / fill.b, (high - fill.a) / fill.b
+    # torch's own expressions for what it decides by.
+    p_below, p_above = ((1.0 + math.erf(x / math.sqrt(2.0))) / 2.0 for x in (below, above))
+    warns = fill.a < low - 2 * fill.b or fill.a > high + 2 * fill.b
+    if warns or not p_above - p_below > 0.3:
+        return None
+    lo, hi = (t.new_tensor(x, device="cpu").item() for x in (low, high))
+    if fill.op == "normal":
+        fill = fill._replace(op="trunc_normal")
+    elif below > -_FAR or above < _FAR:
+        return None
+    return fill._replace(lo=lo, hi=hi)
+
+
+def constant(t: Tensor, value: object) -> Fill | None:
+    fill = _describe(t, "constant", value, 0, None)
+    return fill if fill is None else fill._replace(generator=None)
+
+
+def diagonal(t: Tensor, groups: int) -> Fill | None:
+    """eye_ of a matrix (groups = 0), dirac_ of 3 to 5 dimensions."""
+    fill = constant(t, 0)
+    if fill is None or fill.layout != "contiguous" or type(groups) is not int or groups < 0:
+        return None
+    rows, columns = t.shape[:2]
+    if groups == 0:
+        shape = (columns, rows, min(rows, columns), 1, 0)
+        return fill._replace(op="diagonal", shape=(*shape, 0, 0, 0))
+    space = math.prod(t.shape[2:])
+    centre = 0
+    for size in t.shape[2:]:
+        centre = centre * size + size // 2
+    channels = min(rows // groups, columns)
+    shape = (columns * space, rows // groups, channels, space, centre)
+    return fill._replace(op="diagonal", shape=(*shape, 0, 0, 0), bumps=1 + groups * channels)
+
+
+def sparse_mask(t: Tensor, zeros: int) -> Fill | None:
+    """The zeros of sparse_; torch draws them from the default generator whatever is asked for."""
+    rows, columns = t.shape
+    fill = constant(t, 0)
+    if fill is None or fill.layout != "contiguous" or not 0 <= zeros <= rows <= 1 << 16:
+        return None
+    shape = (rows, zeros, columns, 0, 0, 0, 0, 0)
+    return fill._replace(
+        op="sparse_mask", generator=source.resolve(None), shape=shape, items=columns, bumps=columns
+    )
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def words_drawn(fill: Fill, cached: bool) -> int:
+    """32-bit words torch draws for it; `cached`: the generator holds a second normal sample."""
+    n = fill.items
+    per_item = 2 if fill.tensor.dtype is torch.float64 else 1
+    if fill.op == "uniform":
+        return n * per_item
+    if fill.op == "normal":  # the last 16 elements are drawn again if the size is no multiple
+        if fill.tensor.element_size() == 2:
+            return (n + 15) // 16 * 16
+        return (n + (16 if n % 16 else 0)) * per_item
+    if fill.op == "normal_pairs":
+        return (n - cached + 1) // 2 * 4
+    if fill.op == "sparse_mask":
+        return n * (fill.shape[0] - 1)
+    return 0
+
+
+def _extent(fill: Fill) -> tuple[int, int]:
+    t = fill.tensor
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+def _pack(fill: Fill, word: int, src: int, cached: bool) -> bytes:
+    t = fill.tensor
+    return _PACK.pack(
+        t.data_ptr(), fill.items, fill.a, fill.b, fill.lo,
+        float(cached) if fill.op == "normal_pairs" else fill.hi,
+        word, src, _OP_CODE[fill.op], DTYPES[t.dtype], fill.flavour, fill.rank, *fill.shape,
+    )  # fmt: skip
+
+
+class _Stage:
+    """Fills that touch different memory and whose words are known: one native call."""
+
+    def __init__(self, states: list[source.State], index: dict[torch.Generator, int]) -> None:
+        self._states, self._index = states, index
+        self._begin()
+
+    def _begin(self) -> None:
+        self._packed: list[bytes | None] = []
+        # Sorted: first byte, end, position in _packed, whether it may be left out.
+        self._extents: list[tuple[int, int, int, bool]] = []
+        self._words = [0] * len(self._states)
+        self._cached = [s.has_cached_normal for s in self._states]
+        self._made_cached = [False] * len(self._states)  # in this stage: its value is not known yet
+
+    def add(self, fill: Fill) -> int:
+        """How many times the tensor's version goes up."""
+        src = -1 if fill.generator is None else self._index[fill.generator]
+        if fill.op == "trunc_normal":  # how many words it draws depends on their values
+            self.flush()
+            rounds = backend.run_trunc(_pack(fill, 0, src, False), self._states[src].address)
+            return 1 if rounds == 1 else 2
+        pairs = fill.op == "normal_pairs"
+        if pairs and self._cached[src] and self._made_cached[src]:
+            self.flush()
+        extent = _extent(fill)
+        self._make_room(fill, extent)
+        insort(self._extents, (*extent, len(self._packed), not pairs))
+        if src < 0:
+            self._packed.append(_pack(fill, 0, src, False))
+            return fill.bumps
+        cached = pairs and self._cached[src]
+        self._packed.append(_pack(fill, self._words[src], src, cached))
+        self._words[src] += words_drawn(fill, cached)
+        if pairs:
+            self._cached[src] = (fill.items - cached) % 2 != 0
+            self._made_cached[src] = True
+        return fill.bumps
+
+    def _make_room(self, fill: Fill, extent: tuple[int, int]) -> None:
+        """No two fills of a stage may overlap. One that is overwritten completely is not done."""
+        at = bisect_left(self._extents, (extent[0], -1, -1, False))
+        for i in (at - 1, at):
+            if not 0 <= i < len(self._extents):
+                continue
+            begin, end, position, droppable = self._extents[i]
+            if end <= extent[0] or extent[1] <= begin:
+                continue
+            everywhere = fill.rank == 0 and fill.op != "sparse_mask"
+            if not (droppable and everywhere and extent[0] <= begin and end <= extent[1]):
+                return self.flush()
+            self._packed[position] = None
+            del self._extents[i]
+            return self._make_room(fill, extent)
+
+    def flush(self) -> None:
+        packed = b"".join(p for p in self._packed if p is not None)
+        if packed or any(self._words):
+            backend.run(packed, [s.address for s in self._states], self._words)
+        self._begin()
+
+
+def run(fills: Sequence[Fill]) -> None:
+    """Do the fills as if torch had done them one by one."""
+    generators = list({f.generator: None for f in fills if f.generator is not None})
+    index = {g: i for i, g in enumerate(generators)}
+    bumps: list[int] = []
+
+    def work(states: list[source.State]) -> None:
+        bumps.clear()
+        stage = _Stage(states, index)
+        for fill in fills:
+            bumps.append(stage.add(fill))
+        stage.flush()
+
+    try:
+        source.draw(generators, work)
+    finally:
+        for fill, times in zip(fills, bumps):
+            torch.autograd.graph.increment_version([fill.tensor] * times)

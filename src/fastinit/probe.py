@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Proof, once per process and lazily, that a native fill gives the running torch's bits.
+
+Bits are a property of a torch version, its build and the processor's capability it chose. Before a
+kind of fill (operator, dtype, layout) is used, torch and the compiled module each fill a small
+tensor from equal generators; if the bits and the generators agree, in one of the flavours torch is
+built in, the kind counts as proved, otherwise torch's own operator goes on doing it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastinit import plan
+
+# Of csrc/plan.h: 1, multiply and add contracted; 2, the cephes polynomials of ATen's AVX2 kernel.
+FLAVOURS = (3, 1, 0)
+SEED = 0x5EED
+
+
+class Original(NamedTuple):
+    """torch's own functions, kept in case torch.nn.init is patched."""
+
+    sparse_: Callable[..., Tensor] = torch.nn.init.sparse_
+    eye_: Callable[..., Tensor] = torch.nn.init.eye_
+    trunc_normal_: Callable[..., Tensor] = torch.nn.init.trunc_normal_
+
+
+original = Original()
+_verdicts: dict[tuple[str, torch.dtype, str], int | None] = {}
+
+
+def proved(fill: plan.Fill | None) -> plan.Fill | None:
+    """The fill with its flavour, or None if torch has to do it."""
+    if fill is None:
+        return None
+    key = (fill.op, fill.tensor.dtype, fill.layout)
+    if key not in _verdicts:
+        _verdicts[key] = _probe(*key)
+    flavour = _verdicts[key]
+    return None if flavour is None else fill._replace(flavour=flavour)
+
+
+def _probe(op: str, dtype: torch.dtype, layout: str) -> int | None:
+    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
+        for flavour in FLAVOURS if op not in ("constant", "diagonal", "sparse_mask") else (0,):
+            try:
+                if all(_agree(op, dtype, layout, flavour, case) for case in _cases(op)):
+                    return flavour
+            except Exception:  # a torch without the operator, a generator of another kind
+                return None
+    return None
+
+
+def _cases(op: str) -> tuple[tuple[float, float], ...]:
+    return {
+        "uniform": ((0.0, 1.0), (-0.0371, 0.0371)),
+        "normal": ((0.0, 1.0), (0.3, 0.0211)),
+        "normal_pairs": ((0.0, 1.0), (0.3, 0.0211)),
+        "trunc_normal": ((0.0, 1.0),),
+    }.get(op, ((0.7, 0.01),))
+
+
+def _tensor(dtype: torch.dtype, layout: str, op: str) -> Tensor:
+    """Sizes that end in the middle of everything: not a multiple of 16, nor of 624 words."""
+    base = torch.zeros(1013 if op not in ("diagonal", "sparse_mask") else 33 * 18, dtype=dtype)
+    if op in ("diagonal", "sparse_mask"):
+        return base.view(33, 18)
+    if layout == "contiguous":
+        return base[:11] if op == "normal_pairs" else base
+    if layout == "dense":
+        return base[:1012].view(4, 253).t()
+    return base[:1012].view(4, 253)[:, 1::2]
+
+
+def _fills(op: str, t: Tensor, a: float, b: float, g: torch.Generator) -> list[plan.Fill | None]:
+    if op == "uniform":
+        return [plan.uniform(t, a, b, g)]
+    if op in ("normal", "normal_pairs"):
+        return [plan.normal(t, a, b, g)]
+    if op == "trunc_normal":
+        return [plan.trunc_normal(t, a, b, -1.5, 1.25, g)]
+    if op == "constant":
+        return [plan.constant(t, a)]
+    if op == "diagonal":
+        return [plan.diagonal(t, 0)]
+    return [plan.normal(t, 0.0, b, g), plan.sparse_mask(t, 20)]
+
+
+def _torch_does(op: str, t: Tensor, a: float, b: float, g: torch.Generator) -> None:
+    if op == "uniform":
+        t.uniform_(a, b, generator=g)
+    elif op in ("normal", "normal_pairs"):
+        t.normal_(a, b, generator=g)
+    elif op == "trunc_normal":
+        original.trunc_normal_(t, a, b, -1.5, 1.25, generator=g)
+    elif op == "constant":
+        t.fill_(a)
+    elif op == "diagonal":
+        original.eye_(t)
+    else:
+        original.sparse_(t, 0.6, b, generator=g)  # 20 of 33 rows
+
+
+def _agree(
+    op: str, dtype: torch.dtype, layout: str, flavour: int, case: tuple[float, float]
+) -> bool:
+    theirs, ours = _tensor(dtype, layout, op), _tensor(dtype, layout, op)
+    g = torch.Generator()
+    # sparse_ draws its rows from the default generator: put that back for each of the two.
+    also = [torch.default_generator] if op == "sparse_mask" else []
+    saved = [d.get_state() for d in also]
+    try:
+        g.manual_seed(SEED)
+        _torch_does(op, theirs, *case, g)
+        after = [d.get_state() for d in (g, *also)]
+        g.manual_seed(SEED)
+        for d, state in zip(also, saved):
+            d.set_state(state)
+        fills = [f for f in _fills(op, ours, *case, g) if f is not None]
+        if not fills or fills[-1].op != op:
+            return False
+        if len(fills) == 2:
+            normals = proved(fills[0])
+            if normals is None:
+                return False
+            fills[0] = normals
+        fills[-1] = fills[-1]._replace(flavour=flavour)
+        plan.run(fills)
+        same = all(torch.equal(d.get_state(), s) for d, s in zip((g, *also), after))
+    finally:
+        for d, state in zip(also, saved):
+            d.set_state(state)
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[theirs.element_size()]
+    return same and torch.equal(theirs.view(kind), ours.view(kind))
