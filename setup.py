@@ -72,9 +72,7 @@ class NinjaBuild(build_ext):
             out = build / (source.name + ".o")
             objects.append(escape(out))
             flags = python if source.name == "module.cpp" else ""
-            edges.append(
-                f"build {escape(out)}: compile {escape(ROOT / source)}\n  flags = {flags}"
-            )
+            edges.append(f"build {escape(out)}: compile {escape(ROOT / source)}\n  flags = {flags}")
         edges.append(f"build {escape(target)}: link {' '.join(objects)}")
         mac = sys.platform == "darwin"
         (build / "build.ninja").write_text(

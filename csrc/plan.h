@@ -67,9 +67,9 @@ static_assert(sizeof(FillDesc) == 128 && std::is_trivially_copyable<FillDesc>::v
 // The state of torch's CPU generator as Generator.get_state() lays it out (5,056 bytes).
 struct TorchState {
   uint64_t seed;
-  int32_t left, seeded;  // left counts down from 624; 1: the next draw refills
-  uint64_t next;         // index of the next word in `words`
-  uint64_t words[624];   // each holds 32 bits, not yet tempered
+  int32_t left, seeded;                   // left counts down from 624; 1: the next draw refills
+  uint64_t next;                          // index of the next word in `words`
+  uint64_t words[624];                    // each holds 32 bits, not yet tempered
   double normal_x, normal_y, normal_rho;  // normal_y: the cached second sample
   int32_t normal_is_valid, pad;
   float next_float_normal;

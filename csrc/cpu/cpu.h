@@ -40,8 +40,8 @@ struct Target {
                           uint16_t* pending, bool first_round);
 };
 
-const Target* targets(int* count);             // the compiled ones, best first
-const Target* find_target(const char* name);   // "": the best one that runs here; or nullptr
+const Target* targets(int* count);            // the compiled ones, best first
+const Target* find_target(const char* name);  // "": the best one that runs here; or nullptr
 
 struct Control {
   int threads;

@@ -16,7 +16,8 @@ void scatter(const FillDesc& d, uint64_t first, const T* values, uint64_t count)
     for (int k = 0; k < d.rank; ++k) offset += index[k] * s.stride[k];
     const uint64_t left = static_cast<uint64_t>(s.size[0] - index[0]);
     const uint64_t run = count < left ? count : left;
-    for (uint64_t i = 0; i < run; ++i) base[offset + static_cast<int64_t>(i) * s.stride[0]] = values[i];
+    for (uint64_t i = 0; i < run; ++i)
+      base[offset + static_cast<int64_t>(i) * s.stride[0]] = values[i];
     values += run;
     count -= run;
     index[0] = 0;
@@ -36,10 +37,11 @@ void write_rest(const Law& law, Words& w, typename Law::T* out, uint64_t items) 
 
 template <class Law, bool kStream>
 void write_run(const Law& law, Words& w, typename Law::T* out, uint64_t items) {
-  each_step<Law::kStepWords>(w, items / Law::kItems, [&](const uint32_t* x) __attribute__((always_inline)) {
-    law.template write<kStream>(x, out);
-    out += Law::kItems;
-  });
+  each_step<Law::kStepWords>(w, items / Law::kItems,
+                             [&](const uint32_t* x) __attribute__((always_inline)) {
+                               law.template write<kStream>(x, out);
+                               out += Law::kItems;
+                             });
   if (items % Law::kItems != 0) write_rest(law, w, out, items % Law::kItems);
 }
 
@@ -66,6 +68,15 @@ void write_items(const Law& law, const FillDesc& d, Words& w, uint64_t begin, ui
   }
 }
 
+template <Dtype dtype, bool kContract>
+void write_uniform(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool stream) {
+  if (reaches_end<dtype, kContract>(d)) {
+    write_items(Uniform<dtype, kContract, true>(d), d, w, begin, end, stream);
+  } else {
+    write_items(Uniform<dtype, kContract, false>(d), d, w, begin, end, stream);
+  }
+}
+
 // normal_: full groups of 16; if some elements are left over, the last 16 are drawn again. float
 // and double draw words for the leftover elements first, the 16-bit types do not.
 template <class Law>
@@ -80,7 +91,6 @@ void write_normal(const Law& law, const FillDesc& d, Words& w, uint64_t begin, u
   skip(w, w.position() + leftover * kPerItem);
   write_rest(law, w, reinterpret_cast<T*>(d.address) + d.items - 16, 16);
 }
-
 
 template <bool kStream>
 void write_pattern(char* out, U pattern, uint64_t bytes) {
@@ -165,48 +175,61 @@ void write_pairs(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, doub
   if (end == d.items && have_sine) *cached = sine;
 }
 
-// sparse_: for each column the first `zeros` entries of torch.randperm(rows) become zero. That is
-// a Fisher-Yates shuffle with one word per step; what comes after the step is never read.
-template <class T>
+// sparse_: for each column the first `zeros` entries of torch.randperm(rows) become zero. That is a
+// Fisher-Yates shuffle, step i swapping entries i and i + word % (rows - i). An entry is never read
+// again after its step, so one assignment does for the swap, and what is left behind the last step
+// are the rows that stay.
+template <class Bits>
 void write_sparse_mask(const FillDesc& d, Words& w, uint64_t begin, uint64_t end) {
   const uint32_t rows = static_cast<uint32_t>(d.sparse.rows);
   const uint32_t zeros = static_cast<uint32_t>(d.sparse.zeros);
-  const uint32_t steps = zeros < rows - 1 ? zeros : rows - 1;
-  T* const base = reinterpret_cast<T*>(d.address);
+  const uint32_t steps = zeros < rows ? zeros : rows - 1;
+  Bits* const base = reinterpret_cast<Bits*>(d.address);
+  constexpr uint32_t kBatch = 256;
   std::unique_ptr<uint32_t[]> order(new uint32_t[rows]);
-  std::unique_ptr<uint64_t[]> reciprocal(new uint64_t[rows]);
-  std::unique_ptr<uint64_t[]> marks(new uint64_t[rows]());  // bit c: row of column c becomes zero
-  for (uint32_t i = 0; i < steps; ++i) reciprocal[i] = ~uint64_t{0} / (rows - i) + 1;
-  for (uint64_t column = begin; column < end; column += 64) {
-    const uint64_t n = end - column < 64 ? end - column : 64;
+  std::unique_ptr<uint32_t[]> inverse(new uint32_t[rows]);
+  // Columns are done in blocks: a row of a block is what one pass over the memory touches at a
+  // time.
+  const uint64_t block = rows <= 8192 ? 256 : 64, row_words = block / 32;
+  std::unique_ptr<uint32_t[]> stays(new uint32_t[rows * row_words]());  // a bit per column
+  for (uint32_t i = 0; i < steps; ++i) {
+    inverse[i] = static_cast<uint32_t>((uint64_t{1} << 32) / (rows - i));
+  }
+  for (uint64_t column = begin; column < end; column += block) {
+    const uint64_t n = end - column < block ? end - column : block;
     for (uint64_t c = 0; c < n; ++c) {
       const uint64_t after = w.position() + rows - 1;
       for (uint32_t i = 0; i < rows; ++i) order[i] = i;
-      uint32_t i = 0;
-      while (i < steps) {
-        alignas(64) uint32_t raw[256 + Words::kPad], word[256 + Words::kPad];
-        const uint32_t k = steps - i < 256 ? steps - i : 256;
+      for (uint32_t i = 0; i < steps; i += kBatch) {
+        uint32_t raw[kBatch + Words::kPad], word[kBatch + Words::kPad];
+        const uint32_t k = steps - i < kBatch ? steps - i : kBatch;
         take_raw(w, raw, k);
         temper_all(raw, word, k);
-        for (uint32_t j = 0; j < k; ++j, ++i) {
-          // word % (rows - i) without a division (Lemire, Kaser and Kurz 2019).
-          const uint64_t low = reciprocal[i] * word[j];
-          const uint32_t z = static_cast<uint32_t>(
-              static_cast<unsigned __int128>(low) * (rows - i) >> 64);
-          const uint32_t chosen = order[i + z];
-          order[i + z] = order[i];
-          order[i] = chosen;
-          marks[chosen] |= uint64_t{1} << c;
+        for (uint32_t j = 0; j < k; ++j) {  // remainders: the quotient is right or one too small
+          const uint32_t m = rows - i - j;
+          const uint32_t q = static_cast<uint32_t>(uint64_t{word[j]} * inverse[i + j] >> 32);
+          const uint32_t r = word[j] - q * m;
+          word[j] = i + j + (r < r - m ? r : r - m);
         }
+        for (uint32_t j = 0; j < k; ++j) order[word[j]] = order[i + j];
       }
-      if (zeros == rows) marks[order[rows - 1]] |= uint64_t{1} << c;
+      if (zeros < rows) {
+        uint32_t* const word = stays.get() + c / 32;
+        for (uint32_t i = steps; i < rows; ++i) word[order[i] * row_words] |= 1u << c % 32;
+      }
       skip(w, after);
     }
     for (uint32_t row = 0; row < rows; ++row) {
-      T* out = base + static_cast<int64_t>(row) * d.sparse.row_stride + static_cast<int64_t>(column);
-      const uint64_t mark = marks[row];
-      for (uint64_t c = 0; c < n; ++c) out[c] = mark >> c & 1 ? T() : out[c];
-      marks[row] = 0;
+      Bits* out =
+          base + static_cast<int64_t>(row) * d.sparse.row_stride + static_cast<int64_t>(column);
+      for (uint64_t i = 0; i < n; i += 32) {
+        uint32_t& stay = stays[row * row_words + i / 32];
+        const uint32_t width = n - i < 32 ? static_cast<uint32_t>(n - i) : 32;
+        for (uint32_t c = 0; c < width; ++c) {
+          out[i + c] &= static_cast<Bits>(Bits{0} - static_cast<Bits>(stay >> c & 1));
+        }
+        stay = 0;
+      }
     }
   }
 }
@@ -216,6 +239,8 @@ template <Dtype dtype, class T>
 void fill_dtype(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool stream,
                 double* cached) {
   constexpr bool kDouble = dtype == Dtype::f64;
+  using Bits =
+      std::conditional_t<kDouble, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, T>>;
   constexpr Dtype single = kDouble ? Dtype::f32 : dtype;  // names a law that is not instantiated
   const bool contract = d.flavour & kContracted;
   switch (d.op) {
@@ -234,8 +259,8 @@ void fill_dtype(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool 
         if (contract) return write_items(UniformDouble<true>(d), d, w, begin, end, stream);
         return write_items(UniformDouble<false>(d), d, w, begin, end, stream);
       } else {
-        if (contract) return write_items(Uniform<single, true>(d), d, w, begin, end, stream);
-        return write_items(Uniform<single, false>(d), d, w, begin, end, stream);
+        if (contract) return write_uniform<single, true>(d, w, begin, end, stream);
+        return write_uniform<single, false>(d, w, begin, end, stream);
       }
     case Op::normal:
       if constexpr (kDouble) {
@@ -248,7 +273,7 @@ void fill_dtype(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool 
       if (contract) return write_pairs<T, true>(d, w, begin, end, cached);
       return write_pairs<T, false>(d, w, begin, end, cached);
     case Op::sparse_mask:
-      return write_sparse_mask<T>(d, w, begin, end);
+      return write_sparse_mask<Bits>(d, w, begin, end);
     case Op::trunc_normal:
       return;  // run_trunc
   }

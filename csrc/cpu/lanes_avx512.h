@@ -60,7 +60,9 @@ FI_INLINE F if_equal(F x, F y, F yes, F no) {
 FI_INLINE F if_clear(U x, U mask, F yes, F no) {
   return _mm512_mask_blend_ps(_mm512_testn_epi32_mask(x, mask), no, yes);
 }
-FI_INLINE U if_odd(U x, U yes) { return _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(x, words(1)), yes); }
+FI_INLINE U if_odd(U x, U yes) {
+  return _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(x, words(1)), yes);
+}
 FI_INLINE uint32_t lanes_outside(F v, F lo, F hi) {
   return (uint32_t)(_mm512_cmp_ps_mask(v, lo, _CMP_LT_OQ) | _mm512_cmp_ps_mask(v, hi, _CMP_GT_OQ));
 }

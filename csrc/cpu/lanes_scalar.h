@@ -64,7 +64,7 @@ FI_INLINE F root(F v) { return std::sqrt(v); }
 // Choices.
 FI_INLINE F if_equal(F x, F y, F yes, F no) { return x == y ? yes : no; }
 FI_INLINE F if_clear(U x, U mask, F yes, F no) { return (x & mask) == 0 ? yes : no; }
-FI_INLINE U if_odd(U x, U yes) { return (0 - (x & 1)) & yes; }  // otherwise 0
+FI_INLINE U if_odd(U x, U yes) { return (0 - (x & 1)) & yes; }                  // otherwise 0
 FI_INLINE uint32_t lanes_outside(F v, F lo, F hi) { return v < lo || v > hi; }  // one bit per lane
 
 // The nearest value, ties to even, that the 16-bit types have.
@@ -87,8 +87,8 @@ FI_INLINE F round_f16(F v) {
   return view(sign | ((magnitude << 13) + (magnitude == 0x7c00 ? 0x70000000 : 0x38000000)));
 }
 
-// Results: a vector, or two that belong kPairs elements apart (code_bf16 first; f16 is rounded here).
-// kStream: past the caches, for p aligned to 64 bytes.
+// Results: a vector, or two that belong kPairs elements apart (code_bf16 first; f16 is rounded
+// here). kStream: past the caches, for p aligned to 64 bytes.
 template <bool kStream>
 FI_INLINE void put(void* p, U v) {
   memcpy(p, &v, 4);

@@ -79,8 +79,9 @@ FI_INLINE void each_step(Words& w, uint64_t steps, Body&& body) {
   }
 }
 
-// Moves the window's first word on by by.distance. The new state is a GF(2) combination of the words
-// that follow (jump.h): 624 sums of about 10,000 words each, a strip of them held in registers.
+// Moves the window's first word on by by.distance. The new state is a GF(2) combination of the
+// words that follow (jump.h): 624 sums of about 10,000 words each, a strip of them held in
+// registers.
 void jump(Words& w, const Jump& by) {
   constexpr uint32_t kStrip = 8 * kLanes;
   constexpr uint32_t kSums = (Words::kState + kStrip - 1) / kStrip * kStrip;

@@ -20,10 +20,10 @@
 namespace fastinit {
 namespace {
 
-constexpr uint64_t kTile = 4096;              // items; a multiple of 16 and of all vectors
-constexpr uint64_t kSparseTile = 64;          // columns
-constexpr double kThreadWorth = 40e3;         // ns of work that pay for starting a thread
-constexpr uint64_t kStreamBytes = 8 << 20;    // larger plans bypass the caches
+constexpr uint64_t kTile = 4096;            // items; a multiple of 16 and of all vectors
+constexpr uint64_t kSparseTile = 64;        // columns
+constexpr double kThreadWorth = 150e3;      // ns of work that pay for starting a thread
+constexpr uint64_t kStreamBytes = 8 << 20;  // larger plans bypass the caches
 constexpr uint64_t kHugePage = 2 << 20;
 
 uint64_t tile_of(const FillDesc& d) { return d.op == Op::sparse_mask ? kSparseTile : kTile; }
@@ -215,7 +215,8 @@ bool run_fills(const Target& target, const FillDesc* fills, int64_t count, Sourc
       uint64_t first = f == from.fill ? from.tile : 0;
       const uint64_t last = f == to.fill ? to.tile : tiles;
       // About a millisecond of work between questions for Ctrl-C.
-      const uint64_t piece = std::max<uint64_t>(1, static_cast<uint64_t>(1e6 / item_cost(d)) / tile);
+      const uint64_t piece =
+          std::max<uint64_t>(1, static_cast<uint64_t>(1e6 / item_cost(d)) / tile);
       for (; first < last; first = std::min(last, first + piece)) {
         if (interrupt.raised(worker)) return;
         const uint64_t until = std::min(last, first + piece);

@@ -4,7 +4,8 @@
 // These reproduce what ATen/native/cpu/DistributionTemplates.h computes, including which
 // multiplications and additions its compiler merged into one rounding; fastinit/probe.py holds them
 // against the running torch before they are used. A law turns one step of untempered words into
-// kItems consecutive elements: `write` them, or besides report, one bit each, which lie outside [lo, hi]: `write_and_test`.
+// kItems consecutive elements: `write` them, or besides report, one bit each, which lie outside
+// [lo, hi]: `write_and_test`.
 
 constexpr float kUnit24 = 1.0f / 16777216;  // 2^-24
 
@@ -76,24 +77,27 @@ FI_INLINE void set_element(uint16_t* p, Dtype dtype, double v) {
   *p = pair[0];
 }
 
-// uniform_, one word per element: 24 bits, scaled; a value that rounds up to `to` becomes `from`.
-template <Dtype dtype, bool kContract>
+// uniform_, one word per element: k of 24 bits, from + range * (k / 2^24). A value that rounds up
+// to `to` becomes `from`; kClamp: that can happen.
+template <Dtype dtype, bool kContract, bool kClamp>
 struct Uniform {
   using T = typename Element<dtype>::T;
   static constexpr uint32_t kItems = 2 * kPairs, kStepWords = 2 * kPairs;
-  F from, range, from_element, to_element;
+  F from, range, from_element, to_element;  // range: of a step of k, exact (plan.py sees to it)
 
   explicit Uniform(const FillDesc& d)
       : from(floats(static_cast<float>(d.a))),
-        range(floats(static_cast<float>(d.b) - static_cast<float>(d.a))),
+        range(floats((static_cast<float>(d.b) - static_cast<float>(d.a)) * kUnit24)),
         from_element(floats(rounded_to(dtype, static_cast<float>(d.a)))),
         to_element(floats(rounded_to(dtype, static_cast<float>(d.b)))) {}
 
   FI_INLINE F value(const uint32_t* x) const {
-    const F u = to_float(temper(load(x)) & words(0x00ffffffu)) * floats(kUnit24);
-    const F v = Element<dtype>::rounded(kContract ? fma(u, range, from) : u * range + from);
-    return if_equal(v, to_element, from_element, v);
+    const F v = unrounded(to_float(temper(load(x)) & words(0x00ffffffu)));
+    if (!kClamp) return Element<dtype>::coded(v);
+    const F r = Element<dtype>::rounded(v);
+    return if_equal(r, to_element, from_element, r);
   }
+  FI_INLINE F unrounded(F k) const { return kContract ? fma(k, range, from) : k * range + from; }
 
   template <bool kStream>
   FI_INLINE void write(const uint32_t* x, T* out) const {
@@ -103,9 +107,20 @@ struct Uniform {
   }
 };
 
-// -2 log(v) of a positive normal float: cephes logf as ATen's avx_mathfun.h evaluates it, with every
-// coefficient times -2. Scaling by powers of two commutes with rounding, and so it does here with
-// torch's separate multiplication. v = m 2^e with m in [sqrt(1/2), sqrt(2)); x = m - 1 is exact.
+// Values grow with k, so the largest k tells whether any value is `to`.
+template <Dtype dtype, bool kContract>
+bool reaches_end(const FillDesc& d) {
+  const Uniform<dtype, kContract, false> law(d);
+  const F r = Element<dtype>::rounded(law.unrounded(floats(16777215.0f)));
+  uint32_t lanes[kLanes];
+  store(lanes, bits(if_equal(r, law.to_element, floats(1.0f), floats(0.0f))));
+  return lanes[0] != 0;
+}
+
+// -2 log(v) of a positive normal float: cephes logf as ATen's avx_mathfun.h evaluates it, with
+// every coefficient times -2. Scaling by powers of two commutes with rounding, and so it does here
+// with torch's separate multiplication. v = m 2^e with m in [sqrt(1/2), sqrt(2)); x = m - 1 is
+// exact.
 FI_INLINE F minus_2_log(F v) {
   const U steps = sub(bits(v), words(0x3f3504f3u));  // bits of sqrt(1/2)
   const F e = to_float(sra<23>(steps));
@@ -125,11 +140,12 @@ FI_INLINE F minus_2_log(F v) {
   return fma(e, floats(-2 * 0.693359375f), fma(x, floats(-2.0f), y));
 }
 
-// sin and cos of theta = 2 pi k / 2^24, rounded to float: cephes sinf and cosf, likewise. They round
-// 4 theta / pi up to an even octant j; for all 2^24 values of k that is 2 * ((k + 2^21) >> 22). The
-// sine changes sign with bit 2 of j, the cosine with bit 2 of j + 2, bit 1 swaps the polynomials.
+// sin and cos of theta = 2 pi k / 2^24, rounded to float: cephes sinf and cosf, likewise. They
+// round 4 theta / pi up to an even octant j; for all 2^24 values of k that is 2 * ((k + 2^21) >>
+// 22). The sine changes sign with bit 2 of j, the cosine with bit 2 of j + 2, bit 1 swaps the
+// polynomials.
 FI_INLINE void sin_cos(U k, F theta, F& sin, F& cos) {
-  const U t = add(k, words(1u << 21));                          // bit 22 + i of t = bit 1 + i of j
+  const U t = add(k, words(1u << 21));                       // bit 22 + i of t = bit 1 + i of j
   const F octants = to_float(t & words(~((1u << 22) - 1)));  // 2^21 j
   constexpr float kScale = 1.0f / (1 << 21);
   F x = fma(octants, floats(-0.78515625f * kScale), theta);

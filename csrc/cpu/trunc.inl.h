@@ -36,12 +36,13 @@ uint64_t draw(const Law& law, const FillDesc& d, Words& w, uint64_t begin, uint6
     rest(tensor + d.items - 16, pending + groups);
   }
   uint64_t left = 0;
-  for (uint64_t g = 0; g <= groups; ++g) left += static_cast<uint64_t>(__builtin_popcount(pending[g]));
+  for (uint64_t g = 0; g <= groups; ++g)
+    left += static_cast<uint64_t>(__builtin_popcount(pending[g]));
   return left;
 }
 
-// Later rounds compute waiting elements only. Which those are is chance: their words are gathered into
-// full steps, 16 elements each, of which the half they need is used.
+// Later rounds compute waiting elements only. Which those are is chance: their words are gathered
+// into full steps, 16 elements each, of which the half they need is used.
 template <class Law>
 struct Redraw {
   using T = typename Law::T;
@@ -53,9 +54,9 @@ struct Redraw {
   uint64_t left = 0;
 
   uint32_t filled = 0;
-  T* to[kPairs];           // where an element belongs,
-  uint32_t from[kPairs];   // where its step has it,
-  uint64_t mark[kPairs];   // and its bit in `pending`
+  T* to[kPairs];          // where an element belongs,
+  uint32_t from[kPairs];  // where its step has it,
+  uint64_t mark[kPairs];  // and its bit in `pending`
   alignas(64) uint32_t raw[Law::kStepWords + Words::kPad] = {};
 
   Redraw(const Law& l, Words& words, uint16_t* p) : law(l), w(words), pending(p) {}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """torch.nn.init, faster, with the same numbers.
 
-Every public name of `torch.nn.init` is here with the same signature and gives the same bits from the
-same generator state. `Plan` and `init_model_` fill many tensors in one threaded pass.
+Every public name of `torch.nn.init` is here with the same signature and gives the same bits from
+the same generator state. `Plan` and `init_model_` fill many tensors in one threaded pass.
 """
 
 from fastinit.init import calculate_gain as calculate_gain

@@ -1,1 +1,184 @@
 # SPDX-License-Identifier: BSD-3-Clause
+"""python -m fastinit demo | info | verify | bench"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import platform
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def demo() -> int:
+    """Build two models, initialise each with torch and with fastinit, compare every bit."""
+    import torch
+
+    import fastinit
+    from fastinit import bench
+
+    print(bench.header())
+    everything_equal = True
+    for title, model, fn in (_cnn(), _gpt2()):
+        n = sum(p.numel() for p in model.parameters())
+        print(f"\n{title}: {n:,} parameters in {len(list(model.parameters()))} tensors")
+        runs: dict[str, Callable[[], object]] = {
+            "torch": functools.partial(model.apply, fn),
+            "fastinit": functools.partial(fastinit.init_model_, model, fn),
+        }
+        seconds: dict[str, float] = {}
+        results = {}
+        for name, run in runs.items():
+            run()  # memory touched, probes done
+            times = []
+            for _ in range(3):
+                torch.manual_seed(0)
+                start = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - start)
+            seconds[name] = sorted(times)[1]
+            results[name] = {k: p.detach().clone() for k, p in model.named_parameters()}
+        rows = [
+            (
+                k,
+                tuple(p.shape),
+                torch.equal(p.view(torch.int32), results["fastinit"][k].view(torch.int32)),
+            )
+            for k, p in results["torch"].items()
+        ]
+        for k, shape, equal in rows if len(rows) <= 16 else rows[:8]:
+            print(f"  {k:<28} {shape!s:<18} {'bits equal' if equal else 'BITS DIFFER'}")
+        if len(rows) > 16:
+            print(f"  ... and {sum(e for _, _, e in rows[8:])} of {len(rows) - 8} more: bits equal")
+        everything_equal &= all(e for _, _, e in rows)
+        theirs, ours = seconds["torch"], seconds["fastinit"]
+        print(
+            f"  torch {theirs * 1e3:.2f} ms, fastinit {ours * 1e3:.2f} ms: "
+            f"{theirs / ours:.1f} times as fast"
+        )
+    print("\nAll bits equal." if everything_equal else "\nSOME BITS DIFFER.")
+    return 0 if everything_equal else 1
+
+
+def _cnn() -> tuple[str, nn.Module, Callable[[nn.Module], None]]:
+    """The four layers of pytorch/examples mnist."""
+    from torch import nn
+
+    model = nn.Sequential()
+    model.conv1, model.conv2 = nn.Conv2d(1, 20, 5, 1), nn.Conv2d(20, 50, 5, 1)
+    model.fc1, model.fc2 = nn.Linear(4 * 4 * 50, 500), nn.Linear(500, 10)
+
+    def init_weights(m: nn.Module) -> None:
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_uniform_(m.weight, nonlinearity="relu")
+            nn.init.zeros_(m.bias)  # type: ignore[arg-type]
+
+    return "Four-layer CNN, kaiming_uniform_", model, init_weights
+
+
+def _gpt2() -> tuple[str, nn.Module, Callable[[nn.Module], None]]:
+    """The shapes of GPT-2 small (Radford et al. 2019), N(0, 0.02) as published."""
+    from torch import nn
+
+    width = 768
+    model = nn.Module()
+    model.wte, model.wpe = nn.Embedding(50257, width), nn.Embedding(1024, width)
+    blocks = []
+    for _ in range(12):
+        block = nn.Module()
+        block.ln_1, block.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        block.attn, block.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        block.fc, block.out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        blocks.append(block)
+    model.h = nn.ModuleList(blocks)
+    model.ln_f = nn.LayerNorm(width)
+
+    def init_weights(m: nn.Module) -> None:
+        if isinstance(m, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(m.weight, 0.0, 0.02)
+        if isinstance(m, nn.LayerNorm):
+            nn.init.ones_(m.weight)
+        if isinstance(m, (nn.Linear, nn.LayerNorm)):
+            nn.init.zeros_(m.bias)
+
+    return "GPT-2 small, normal_(0, 0.02)", model, init_weights
+
+
+def info() -> int:
+    """Versions and what was built; works as far as it can when something is broken."""
+    print(f"python    {platform.python_version()} on {platform.platform()}")
+    try:
+        import torch
+
+        capability = torch.backends.cpu.get_cpu_capability()
+        print(
+            f"torch     {torch.__version__}, CPU capability {capability}, CUDA {torch.version.cuda}"
+        )
+        print(f"threads   {torch.get_num_threads()}")
+    except ImportError as error:
+        print(f"torch     does not load: {error}")
+        return 1
+    try:
+        import fastinit
+        from fastinit import _cpu, bench
+    except ImportError as error:
+        print(f"fastinit  does not load: {error}")
+        return 1
+    print(f"fastinit  {fastinit.__version__}, built with {_cpu.COMPILER}")
+    print(f"processor {bench.cpu_model()}")
+    targets = [
+        f"{name}{'' if runs else ' (not on this processor)'}" for name, runs in _cpu.targets()
+    ]
+    print(f"targets   {', '.join(targets)}; in use: {_cpu.target()}")
+    print("CUDA      no kernels in this version: torch fills tensors on GPUs")
+    return 0
+
+
+def verify() -> int:
+    """Which operator, dtype and layout runs natively here, and why the others do not."""
+    from fastinit import probe
+
+    rows = probe.table()
+    print(f"{'operator':<14}{'dtype':<10}{'layout':<12}{'runs':<8}why")
+    for op, dtype, layout, way, why in rows:
+        print(f"{op:<14}{dtype:<10}{layout:<12}{way:<8}{why}")
+    native = sum(way == "native" for *_, way, _ in rows)
+    print(
+        f"\n{native} of {len(rows)} kinds of fill run natively with torch's bits; "
+        "torch does the rest."
+    )
+    return 0
+
+
+def run_bench(selected: str) -> int:
+    """The table of the README."""
+    from fastinit import bench
+
+    print(bench.header() + "\n")
+    for line in bench.table(selected):
+        print(line, flush=True)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastinit", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("demo", help=demo.__doc__)
+    commands.add_parser("info", help=info.__doc__)
+    commands.add_parser("verify", help=verify.__doc__)
+    commands.add_parser("bench", help=run_bench.__doc__).add_argument(
+        "cases", nargs="?", default="", help="only cases whose name contains this"
+    )
+    arguments = parser.parse_args()
+    if arguments.command == "bench":
+        return run_bench(arguments.cases)
+    return {"demo": demo, "info": info, "verify": verify}[arguments.command]()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

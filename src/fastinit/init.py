@@ -28,13 +28,14 @@ _calculate_correct_fan = _torch_init._calculate_correct_fan
 __all__ = list(_torch_init.__all__)
 
 _PLAIN = frozenset((Tensor, Parameter))
-_CONSTANT = 64  # times as many elements until torch's own fill_ costs more than a look at it
+_CONSTANT = 512  # times as many elements until torch's own fill_ costs more than a look at it
 
 
 def _is_large(t: Any, at_least: int = 1) -> bool:
     """Worth a look: a plain tensor, of some size unless it is one of many."""
     return type(t) in _PLAIN and (
-        t.numel() >= at_least * plan.MIN_NATIVE or plan.recorder() is not None
+        t.numel() >= at_least * plan.MIN_NATIVE
+        or (plan.ever_recorded and plan.recorder() is not None)
     )
 
 
@@ -59,7 +60,7 @@ def _run(*fills: plan.Fill | None) -> bool:
 
 def _pass_on(function: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Tensor:
     """Call torch's function, or record the call."""
-    recorder = plan.recorder()
+    recorder = plan.recorder() if plan.ever_recorded else None
     if recorder is None:
         return function(tensor, *args)
     recorder.call(functools.partial(function, tensor, *args))
@@ -234,12 +235,10 @@ def xavier_uniform_(
     return _pass_on(_torch.xavier_uniform_, tensor, gain, generator)
 
 
-def xavier_normal_(
-    tensor: Tensor, gain: float = 1.0, generator: Generator | None = None
-) -> Tensor:
-    """Fill with N(0, std^2), std = gain sqrt(2 / (fan_in + fan_out)); `torch.nn.init.xavier_normal_`.
+def xavier_normal_(tensor: Tensor, gain: float = 1.0, generator: Generator | None = None) -> Tensor:
+    """Fill with N(0, std^2), std = gain sqrt(2 / (fan_in + fan_out)).
 
-    Glorot and Bengio (2010), as `xavier_uniform_`.
+    `torch.nn.init.xavier_normal_`; Glorot and Bengio (2010), as `xavier_uniform_`.
 
     Args:
         tensor: shape (fan_out, fan_in, *kernel)
@@ -250,7 +249,8 @@ def xavier_normal_(
         ValueError: fewer than two dimensions.
     """
     if _is_large(tensor) and tensor.dim() >= 2:
-        if _run(plan.normal(tensor, 0.0, _xavier_std(tensor, gain), generator)):
+        std = _xavier_std(tensor, gain)
+        if _run(plan.normal(tensor, 0.0, std, generator)):
             return tensor
     return _pass_on(_torch.xavier_normal_, tensor, gain, generator)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class Plan:
         return record
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records fills while arbitrary code runs, and writes them before that code could tell.
 
     Operators that touch a tensor with a pending fill, draw random numbers or are of an unknown kind
@@ -93,7 +93,7 @@ class _Recorder(TorchDispatchMode):
     modes = 1
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._fills: list[plan.Fill] = []
         self._storages: set[int] = set()
 
@@ -186,7 +186,7 @@ def _flushing(name: str) -> Callable[..., Any]:
 
 @contextmanager
 def _patched() -> Iterator[None]:
-    """torch.nn.init, and what torch.nn.modules imported from it, replaced by fastinit's functions."""
+    """torch.nn.init, and what torch.nn.modules imported from it, gets fastinit's functions."""
     modules = [m for name, m in sys.modules.items() if name.startswith("torch.nn.modules.")]
     undo: list[tuple[Any, str, Any]] = []
     try:
@@ -195,8 +195,9 @@ def _patched() -> Iterator[None]:
                 if module.__dict__.get(name) is getattr(init._torch, name):
                     undo.append((module, name, module.__dict__[name]))
                     setattr(module, name, getattr(init, name))
-        undo.append((torch.random, "default_generator", torch.random.default_generator))
-        torch.random.default_generator = _FlushingGenerator(torch.random.default_generator)
+        generator = torch.random.__dict__["default_generator"]
+        undo.append((torch.random, "default_generator", generator))
+        setattr(torch.random, "default_generator", _FlushingGenerator(generator))  # noqa: B010
         yield
     finally:
         for owner, name, value in undo:
@@ -238,14 +239,11 @@ def init_model_(model: nn.Module, fn: Callable[[nn.Module], object] | None = Non
 
     What `fn` asks of torch.nn.init or fastinit is recorded and run as one plan; everything else it
     does to tensors is done when asked, with the fills before it written if it could see them. If it
-    raises, what was asked for so far is written. Reading a `torch.Generator` through its own methods
-    inside `fn` is not noticed; `torch.get_rng_state`, `fork_rng` and the like are.
+    raises, what was asked for so far is written. Reading a `torch.Generator` through its own
+    methods inside `fn` is not noticed; `torch.get_rng_state`, `fork_rng` and the like are.
     """
     with _recording():
-        if fn is not None:
-            model.apply(fn)
-        else:
-            model.apply(_reset)
+        model.apply(cast("Callable[[nn.Module], None]", fn or _reset))
     return model
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """From tensors to packed descriptors: checks, order, words, overlap. No kernel decides anything.
 
-A `Fill` is one tensor with what is to be written into it. `run` takes fills in the order torch would
-have executed them and hands them to the compiled module in as few calls as that order allows.
+A `Fill` is one tensor with what is to be written into it. `run` takes fills in the order torch
+would have executed them and hands them to the compiled module in as few calls as that order allows.
 This is the only module that takes the addresses of tensors.
 """
 
@@ -13,7 +13,8 @@ import struct
 import threading
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.utils._device
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from fastinit import backend, source
 
-MIN_NATIVE = 2048  # single calls on fewer elements go to torch, whose call costs less
+MIN_NATIVE = 4096  # single calls on fewer elements go to torch, whose call costs less
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _LARGEST = {torch.float16: 3e4}  # |parameters| up to here cannot leave the dtype's range,
 _LARGEST_OTHER = 1e37  # nor can the difference of two
+_SMALLEST_RANGE = 1e-30  # of uniform_: the 2^24th part of it is a normal float32
 OPS = ("constant", "diagonal", "uniform", "normal", "normal_pairs", "trunc_normal", "sparse_mask")
 _OP_CODE = {op: code for code, op in enumerate(OPS)}
 _PACK = struct.Struct("<QQddddQiBBBB8q")  # FillDesc of csrc/plan.h
@@ -33,7 +35,10 @@ _DENSE = (0,) * 8
 _FAR = 9.0  # no normal lies farther from its mean, in standard deviations (53 bits: 8.57)
 
 
-class Fill(NamedTuple):
+@dataclass(slots=True)
+class Fill:
+    """What is to be written into one tensor. Mutable only until it is proved."""
+
     tensor: Tensor
     op: str
     a: float = 0.0  # value; from; mean
@@ -51,6 +56,7 @@ class Fill(NamedTuple):
 
 # ---- what the kernels can take -------------------------------------------------------------------
 
+
 class Recorder(Protocol):
     """Takes what would otherwise be run at once."""
 
@@ -65,6 +71,7 @@ class _Local(threading.local):
 
 
 _local = _Local()
+ever_recorded = False  # spares single calls the look at _local
 
 
 def recorder() -> Recorder | None:
@@ -74,6 +81,8 @@ def recorder() -> Recorder | None:
 
 def set_recorder(value: Recorder | None) -> Recorder | None:
     """Replace the recorder of this thread; returns the one before."""
+    global ever_recorded
+    ever_recorded = True
     before, _local.recorder = _local.recorder, value
     return before
 
@@ -151,7 +160,9 @@ def _describe(t: Tensor, op: str, a: object, b: object, generator: object) -> Fi
 
 def uniform(t: Tensor, a: object, b: object, generator: object) -> Fill | None:
     fill = _describe(t, "uniform", a, b, generator)
-    return fill if fill is not None and fill.a <= fill.b else None
+    if fill is None or fill.a > fill.b or 0 < fill.b - fill.a < _SMALLEST_RANGE:
+        return None
+    return fill
 
 
 def normal(t: Tensor, mean: object, std: object, generator: object) -> Fill | None:
@@ -160,9 +171,10 @@ def normal(t: Tensor, mean: object, std: object, generator: object) -> Fill | No
         return None
     if fill.items >= 16 and fill.layout == "contiguous":
         return fill
+    fill.op = "normal_pairs"
     if fill.rank == 0:  # the kernel for pairs addresses every element
-        fill = fill._replace(rank=1, shape=(fill.items, 0, 0, 0, 1, 0, 0, 0))
-    return fill._replace(op="normal_pairs")
+        fill.rank, fill.shape = 1, (fill.items, 0, 0, 0, 1, 0, 0, 0)
+    return fill
 
 
 def trunc_normal(
@@ -179,17 +191,19 @@ def trunc_normal(
     warns = fill.a < low - 2 * fill.b or fill.a > high + 2 * fill.b
     if warns or not p_above - p_below > 0.3:
         return None
-    lo, hi = (t.new_tensor(x, device="cpu").item() for x in (low, high))
     if fill.op == "normal":
-        fill = fill._replace(op="trunc_normal")
+        fill.op = "trunc_normal"
+        fill.lo, fill.hi = (t.new_tensor(x, device="cpu").item() for x in (low, high))
     elif below > -_FAR or above < _FAR:
         return None
-    return fill._replace(lo=lo, hi=hi)
+    return fill
 
 
 def constant(t: Tensor, value: object) -> Fill | None:
     fill = _describe(t, "constant", value, 0, None)
-    return fill if fill is None else fill._replace(generator=None)
+    if fill is not None:
+        fill.generator = None
+    return fill
 
 
 def diagonal(t: Tensor, groups: int) -> Fill | None:
@@ -198,16 +212,18 @@ def diagonal(t: Tensor, groups: int) -> Fill | None:
     if fill is None or fill.layout != "contiguous" or type(groups) is not int or groups < 0:
         return None
     rows, columns = t.shape[:2]
+    fill.op = "diagonal"
     if groups == 0:
-        shape = (columns, rows, min(rows, columns), 1, 0)
-        return fill._replace(op="diagonal", shape=(*shape, 0, 0, 0))
+        fill.shape = (columns, rows, min(rows, columns), 1, 0, 0, 0, 0)
+        return fill
     space = math.prod(t.shape[2:])
     centre = 0
     for size in t.shape[2:]:
         centre = centre * size + size // 2
     channels = min(rows // groups, columns)
-    shape = (columns * space, rows // groups, channels, space, centre)
-    return fill._replace(op="diagonal", shape=(*shape, 0, 0, 0), bumps=1 + groups * channels)
+    fill.shape = (columns * space, rows // groups, channels, space, centre, 0, 0, 0)
+    fill.bumps = 1 + groups * channels
+    return fill
 
 
 def sparse_mask(t: Tensor, zeros: int) -> Fill | None:
@@ -216,10 +232,10 @@ def sparse_mask(t: Tensor, zeros: int) -> Fill | None:
     fill = constant(t, 0)
     if fill is None or fill.layout != "contiguous" or not 0 <= zeros <= rows <= 1 << 16:
         return None
-    shape = (rows, zeros, columns, 0, 0, 0, 0, 0)
-    return fill._replace(
-        op="sparse_mask", generator=source.resolve(None), shape=shape, items=columns, bumps=columns
-    )
+    fill.op, fill.generator = "sparse_mask", source.resolve(None)
+    fill.items = fill.bumps = columns
+    fill.shape = (rows, zeros, columns, 0, 0, 0, 0, 0)
+    return fill
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -260,8 +276,10 @@ def _pack(fill: Fill, word: int, src: int, cached: bool) -> bytes:
 class _Stage:
     """Fills that touch different memory and whose words are known: one native call."""
 
-    def __init__(self, states: list[source.State], index: dict[torch.Generator, int]) -> None:
-        self._states, self._index = states, index
+    def __init__(
+        self, states: list[source.State], index: dict[torch.Generator, int], alone: bool
+    ) -> None:
+        self._states, self._index, self._alone = states, index, alone
         self._begin()
 
     def _begin(self) -> None:
@@ -282,9 +300,10 @@ class _Stage:
         pairs = fill.op == "normal_pairs"
         if pairs and self._cached[src] and self._made_cached[src]:
             self.flush()
-        extent = _extent(fill)
-        self._make_room(fill, extent)
-        insort(self._extents, (*extent, len(self._packed), not pairs))
+        if not self._alone:
+            extent = _extent(fill)
+            self._make_room(fill, extent)
+            insort(self._extents, (*extent, len(self._packed), not pairs))
         if src < 0:
             self._packed.append(_pack(fill, 0, src, False))
             return fill.bumps
@@ -327,7 +346,7 @@ def run(fills: Sequence[Fill]) -> None:
 
     def work(states: list[source.State]) -> None:
         bumps.clear()
-        stage = _Stage(states, index)
+        stage = _Stage(states, index, len(fills) == 1)
         for fill in fills:
             bumps.append(stage.add(fill))
         stage.flush()

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastinit import plan
 
@@ -42,17 +43,24 @@ def proved(fill: plan.Fill | None) -> plan.Fill | None:
     if key not in _verdicts:
         _verdicts[key] = _probe(*key)
     flavour = _verdicts[key]
-    return None if flavour is None else fill._replace(flavour=flavour)
+    if flavour is None:
+        return None
+    fill.flavour = flavour
+    return fill
 
 
 def _probe(op: str, dtype: torch.dtype, layout: str) -> int | None:
-    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
-        for flavour in FLAVOURS if op not in ("constant", "diagonal", "sparse_mask") else (0,):
-            try:
+    flavours = (0,) if op in ("constant", "diagonal", "sparse_mask") else FLAVOURS
+    before = plan.set_recorder(None)
+    try:
+        with _disable_current_modes(), torch.inference_mode(False):
+            for flavour in flavours:
                 if all(_agree(op, dtype, layout, flavour, case) for case in _cases(op)):
                     return flavour
-            except Exception:  # a torch without the operator, a generator of another kind
-                return None
+    except (RuntimeError, NotImplementedError):  # a torch without the operator, other generators
+        pass
+    finally:
+        plan.set_recorder(before)
     return None
 
 
@@ -67,7 +75,9 @@ def _cases(op: str) -> tuple[tuple[float, float], ...]:
 
 def _tensor(dtype: torch.dtype, layout: str, op: str) -> Tensor:
     """Sizes that end in the middle of everything: not a multiple of 16, nor of 624 words."""
-    base = torch.zeros(1013 if op not in ("diagonal", "sparse_mask") else 33 * 18, dtype=dtype)
+    base = torch.zeros(
+        1013 if op not in ("diagonal", "sparse_mask") else 33 * 18, dtype=dtype, device="cpu"
+    )
     if op in ("diagonal", "sparse_mask"):
         return base.view(33, 18)
     if layout == "contiguous":
@@ -129,7 +139,7 @@ def _agree(
             if normals is None:
                 return False
             fills[0] = normals
-        fills[-1] = fills[-1]._replace(flavour=flavour)
+        fills[-1].flavour = flavour
         plan.run(fills)
         same = all(torch.equal(d.get_state(), s) for d, s in zip((g, *also), after))
     finally:
@@ -137,3 +147,52 @@ def _agree(
             d.set_state(state)
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[theirs.element_size()]
     return same and torch.equal(theirs.view(kind), ours.view(kind))
+
+
+# ---- the table of `python -m fastinit verify` ----------------------------------------------------
+
+# What each public function is made of.
+FUNCTIONS = {
+    "uniform_": "uniform",
+    "normal_": "normal",
+    "trunc_normal_": "trunc_normal",
+    "constant_": "constant",
+    "eye_, dirac_": "diagonal",
+    "sparse_": "sparse_mask",
+    "orthogonal_": "normal",
+}
+LAYOUTS = ("contiguous", "dense", "strided")
+
+
+def table() -> list[tuple[str, str, str, str, str]]:
+    """(function, dtype, layout, native or torch, why) for everything that could be native.
+
+    A verdict is the one the functions act by; in addition it is tried on tensors of several sizes.
+    """
+    rows = []
+    for function, op in FUNCTIONS.items():
+        for dtype in plan.DTYPES:
+            for layout in LAYOUTS:
+                way, why = _explain(function, op, dtype, layout)
+                rows.append((function, str(dtype)[6:], layout, way, why))
+    return rows
+
+
+def _explain(function: str, op: str, dtype: torch.dtype, layout: str) -> tuple[str, str]:
+    if layout != "contiguous":
+        if op in ("diagonal", "sparse_mask", "trunc_normal"):
+            return "torch", "native for contiguous tensors only"
+        if op == "normal" and function != "orthogonal_":
+            op = "normal_pairs"
+    if function == "orthogonal_" and dtype in (torch.bfloat16, torch.float16):
+        return "torch", "torch.linalg.qr has no 16-bit types"
+    key = (op, dtype, "contiguous" if function == "orthogonal_" else layout)
+    if key not in _verdicts:
+        _verdicts[key] = _probe(*key)
+    flavour = _verdicts[key]
+    if flavour is None:
+        return "torch", "bits differ from torch's here, or torch lacks the operator"
+    what = "normals native, torch.linalg.qr" if function == "orthogonal_" else "equal bits"
+    wide = dtype is torch.float64 or op == "normal_pairs"
+    maths = ", libm" if wide or flavour != 3 else ", AVX2 polynomials"
+    return "native", what + (maths if op.startswith(("normal", "trunc")) else "")

@@ -10,7 +10,6 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
 import torch
 
@@ -18,7 +17,7 @@ STATE_SIZE = 5056  # bytes of get_state(); csrc/plan.h has the layout
 _NORMAL_IS_VALID = 5040  # offset of the flag of the cached normal
 _ATTEMPTS = 8
 
-_locks: dict[int, threading.RLock] = {}  # by address of the C++ generator
+_locks: dict[int, threading.RLock] = {}  # by id; a generator has one Python object
 os.register_at_fork(after_in_child=_locks.clear)
 
 
@@ -65,9 +64,10 @@ def draw(generators: Sequence[torch.Generator], work: Callable[[list[State]], No
     Threads that use fastinit take turns by generator. If torch's operators drew from one of them
     meanwhile in another thread, the work is done again behind them, so that no word is used twice.
     """
-    with ExitStack() as locks:
-        for key in sorted({g._cdata for g in generators}):
-            locks.enter_context(_locks.setdefault(key, threading.RLock()))
+    locks = [_locks.setdefault(key, threading.RLock()) for key in sorted(id(g) for g in generators)]
+    for lock in locks:
+        lock.acquire()
+    try:
         for _ in range(_ATTEMPTS):
             states = [State(g) for g in generators]
             work(states)
@@ -77,3 +77,6 @@ def draw(generators: Sequence[torch.Generator], work: Callable[[list[State]], No
             raise GeneratorBusy("another thread keeps drawing from the generator")
         for s, g in zip(states, generators):
             s.put_back(g)
+    finally:
+        for lock in locks:
+            lock.release()
