@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -95,7 +97,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._fills: list[plan.Fill] = []
-        self._storages: set[int] = set()
+        self._storages: set[int] = set()  # of the first _known fills
+        self._known = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -103,7 +106,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def add(self, fills: list[plan.Fill]) -> None:
         self._fills += fills
-        self._storages.update(f.tensor.untyped_storage()._cdata for f in fills)
 
     def call(self, function: Callable[[], object]) -> None:
         self.flush()
@@ -117,6 +119,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def flush(self) -> None:
         fills, self._fills = self._fills, []
         self._storages.clear()
+        self._known = 0
         if fills:
             with _disable_current_modes():
                 plan.run(fills)
@@ -136,6 +139,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided:
             return True
+        new, self._known = self._fills[self._known :], len(self._fills)
+        self._storages.update(f.tensor.untyped_storage()._cdata for f in new)
         return x.untyped_storage()._cdata in self._storages
 
 
@@ -184,17 +189,27 @@ def _flushing(name: str) -> Callable[..., Any]:
     return method
 
 
+@functools.cache
+def _importers() -> list[tuple[ModuleType, str]]:
+    """Where torch itself has the functions."""
+    return [
+        (module, name)
+        for path, module in list(sys.modules.items())
+        if path == "torch.nn.init" or path.startswith("torch.nn.modules.")
+        for name in _FUNCTIONS
+        if module.__dict__.get(name) is getattr(init._torch, name)
+    ]
+
+
 @contextmanager
 def _patched() -> Iterator[None]:
     """torch.nn.init, and what torch.nn.modules imported from it, gets fastinit's functions."""
-    modules = [m for name, m in sys.modules.items() if name.startswith("torch.nn.modules.")]
     undo: list[tuple[Any, str, Any]] = []
     try:
-        for module in (torch.nn.init, *modules):
-            for name in _FUNCTIONS:
-                if module.__dict__.get(name) is getattr(init._torch, name):
-                    undo.append((module, name, module.__dict__[name]))
-                    setattr(module, name, getattr(init, name))
+        for module, name in _importers():
+            if module.__dict__.get(name) is getattr(init._torch, name):
+                undo.append((module, name, module.__dict__[name]))
+                setattr(module, name, getattr(init, name))
         generator = torch.random.__dict__["default_generator"]
         undo.append((torch.random, "default_generator", generator))
         setattr(torch.random, "default_generator", _FlushingGenerator(generator))  # noqa: B010

@@ -32,6 +32,7 @@ OPS = ("constant", "diagonal", "uniform", "normal", "normal_pairs", "trunc_norma
 _OP_CODE = {op: code for code, op in enumerate(OPS)}
 _PACK = struct.Struct("<QQddddQiBBBB8q")  # FillDesc of csrc/plan.h
 _DENSE = (0,) * 8
+_address = Tensor.data_ptr  # as it is now: recorders may replace it
 _FAR = 9.0  # no normal lies farther from its mean, in standard deviations (53 bits: 8.57)
 
 
@@ -259,17 +260,21 @@ def words_drawn(fill: Fill, cached: bool) -> int:
 
 
 def _extent(fill: Fill) -> tuple[int, int]:
+    """First byte and the one behind the last."""
     t = fill.tensor
+    begin = _address(t)
+    if fill.layout != "strided":
+        return begin, begin + t.numel() * t.element_size()
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
-    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+    return begin, begin + (last + 1) * t.element_size()
 
 
-def _pack(fill: Fill, word: int, src: int, cached: bool) -> bytes:
-    t = fill.tensor
+def _pack(fill: Fill, address: int, word: int, src: int, cached: bool) -> bytes:
     return _PACK.pack(
-        t.data_ptr(), fill.items, fill.a, fill.b, fill.lo,
+        address, fill.items, fill.a, fill.b, fill.lo,
         float(cached) if fill.op == "normal_pairs" else fill.hi,
-        word, src, _OP_CODE[fill.op], DTYPES[t.dtype], fill.flavour, fill.rank, *fill.shape,
+        word, src, _OP_CODE[fill.op], DTYPES[fill.tensor.dtype], fill.flavour, fill.rank,
+        *fill.shape,
     )  # fmt: skip
 
 
@@ -295,20 +300,21 @@ class _Stage:
         src = -1 if fill.generator is None else self._index[fill.generator]
         if fill.op == "trunc_normal":  # how many words it draws depends on their values
             self.flush()
-            rounds = backend.run_trunc(_pack(fill, 0, src, False), self._states[src].address)
+            packed = _pack(fill, _address(fill.tensor), 0, src, False)
+            rounds = backend.run_trunc(packed, self._states[src].address)
             return 1 if rounds == 1 else 2
         pairs = fill.op == "normal_pairs"
         if pairs and self._cached[src] and self._made_cached[src]:
             self.flush()
+        extent = _extent(fill)
         if not self._alone:
-            extent = _extent(fill)
             self._make_room(fill, extent)
             insort(self._extents, (*extent, len(self._packed), not pairs))
         if src < 0:
-            self._packed.append(_pack(fill, 0, src, False))
+            self._packed.append(_pack(fill, extent[0], 0, src, False))
             return fill.bumps
         cached = pairs and self._cached[src]
-        self._packed.append(_pack(fill, self._words[src], src, cached))
+        self._packed.append(_pack(fill, extent[0], self._words[src], src, cached))
         self._words[src] += words_drawn(fill, cached)
         if pairs:
             self._cached[src] = (fill.items - cached) % 2 != 0
@@ -354,5 +360,5 @@ def run(fills: Sequence[Fill]) -> None:
     try:
         source.draw(generators, work)
     finally:
-        for fill, times in zip(fills, bumps):
-            torch.autograd.graph.increment_version([fill.tensor] * times)
+        written = [f.tensor for f, times in zip(fills, bumps) for _ in range(times)]
+        torch.autograd.graph.increment_version(written)
