@@ -175,6 +175,18 @@ void write_pairs(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, doub
   if (end == d.items && have_sine) *cached = sine;
 }
 
+// An array that is freed again; std::unique_ptr would be a template shared between targets.
+template <class T>
+struct Scratch {
+  explicit Scratch(uint64_t n) : p(static_cast<T*>(calloc(n, sizeof(T)))) {
+    if (p == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { free(p); }
+  Scratch(const Scratch&) = delete;
+  T& operator[](uint64_t i) const { return p[i]; }
+  T* const p;
+};
+
 // sparse_: for each column the first `zeros` entries of torch.randperm(rows) become zero. That is a
 // Fisher-Yates shuffle, step i swapping entries i and i + word % (rows - i). An entry is never read
 // again after its step, so one assignment does for the swap, and what is left behind the last step
@@ -186,12 +198,11 @@ void write_sparse_mask(const FillDesc& d, Words& w, uint64_t begin, uint64_t end
   const uint32_t steps = zeros < rows ? zeros : rows - 1;
   Bits* const base = reinterpret_cast<Bits*>(d.address);
   constexpr uint32_t kBatch = 256;
-  std::unique_ptr<uint32_t[]> order(new uint32_t[rows]);
-  std::unique_ptr<uint32_t[]> inverse(new uint32_t[rows]);
+  const Scratch<uint32_t> order(rows), inverse(rows);
   // Columns are done in blocks: a row of a block is what one pass over the memory touches at a
   // time.
   const uint64_t block = rows <= 8192 ? 256 : 64, row_words = block / 32;
-  std::unique_ptr<uint32_t[]> stays(new uint32_t[rows * row_words]());  // a bit per column
+  const Scratch<uint32_t> stays(rows * row_words);  // a bit per column
   for (uint32_t i = 0; i < steps; ++i) {
     inverse[i] = static_cast<uint32_t>((uint64_t{1} << 32) / (rows - i));
   }
@@ -214,7 +225,7 @@ void write_sparse_mask(const FillDesc& d, Words& w, uint64_t begin, uint64_t end
         for (uint32_t j = 0; j < k; ++j) order[word[j]] = order[i + j];
       }
       if (zeros < rows) {
-        uint32_t* const word = stays.get() + c / 32;
+        uint32_t* const word = stays.p + c / 32;
         for (uint32_t i = steps; i < rows; ++i) word[order[i] * row_words] |= 1u << c % 32;
       }
       skip(w, after);

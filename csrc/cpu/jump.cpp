@@ -3,6 +3,7 @@
 
 #include "jump.h"
 
+#include <atomic>
 #include <cstring>
 #include <list>
 #include <mutex>
@@ -112,6 +113,7 @@ class Power {
   uint64_t p_[kWords];
 };
 
+std::atomic<uint64_t> made{0};
 std::mutex mutex;
 std::list<std::shared_ptr<const Jump>> cache;  // most recent first
 
@@ -127,9 +129,12 @@ std::shared_ptr<const Jump> find(uint64_t distance) {
 
 }  // namespace
 
+uint64_t jumps_made() { return made; }
+
 bool jump_is_cached(uint64_t distance) { return find(distance) != nullptr; }
 
 std::shared_ptr<const Jump> make_jump(uint64_t distance) {
+  ++made;
   if (auto jump = find(distance)) return jump;
   Power power;  // t^(distance - 1), binary digits from the top
   for (int bit = 63; bit >= 0; --bit) {

@@ -20,5 +20,6 @@ struct Jump {
 // Computes the jump or takes it from a cache of the most recent ones. distance >= 1. Thread-safe.
 std::shared_ptr<const Jump> make_jump(uint64_t distance);
 bool jump_is_cached(uint64_t distance);
+uint64_t jumps_made();  // in this process, from the cache or not
 
 }  // namespace fastinit

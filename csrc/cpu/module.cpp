@@ -94,6 +94,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("run", &run, py::arg("fills"), py::arg("states"), py::arg("words_drawn"),
         py::arg("threads"));
   m.def("run_trunc", &run_truncated, py::arg("fill"), py::arg("state"), py::arg("threads"));
+  m.def("jumps", &jumps_made);
   m.def("targets", &list_targets);
   m.def("target", [] { return std::string(active_target().name); });
 }

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the documents and docstrings say is run."""
+
+import doctest
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", ["init", "model", "plan", "probe", "source"])
+def test_docstring_examples(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"fastinit.{name}")).failed == 0
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "demo"])
+def test_command_line(command: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "fastinit", command], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr
+    expected = {"info": "targets", "verify": "run natively", "demo": "All bits equal."}[command]
+    assert expected in run.stdout
+
+
+def test_readme_is_short_and_has_the_commands() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert "pip install . && python -m fastinit demo" in lines
+    assert "pip install '.[test]' && pytest" in lines
+
+
+def test_benchmark_cases_agree_with_torch() -> None:
+    from fastinit import bench
+
+    for case in (bench._sparse(), bench._resnet(), bench._small()):
+        case.check()
+
+
+def test_benchmark_notices_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastinit
+    from fastinit import bench
+
+    monkeypatch.setattr(fastinit, "sparse_", lambda t, *_: t.zero_())
+    with pytest.raises(AssertionError, match="differs from torch"):
+        bench._sparse().check()

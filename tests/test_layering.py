@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The arrows of docs/design.md, read off the sources."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CSRC, PACKAGE = ROOT / "csrc", ROOT / "src" / "fastinit"
+NATIVE = sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp"})
+PYTHON = sorted(PACKAGE.glob("*.py"))
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def test_sources_are_found() -> None:
+    assert len(NATIVE) >= 10
+    assert len(PYTHON) >= 8
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda p: p.name)
+def test_kernels_know_no_framework(path: Path) -> None:
+    for name in includes(path):
+        assert not name.startswith(("torch/", "ATen/", "c10/")), name
+        if path.name != "module.cpp":
+            assert not name.startswith(("pybind11/", "Python")), name
+        if path.name.endswith(".inl.h"):
+            raise AssertionError(f"a body compiled per target includes {name}")
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda p: p.name)
+def test_one_module_per_job(path: Path) -> None:
+    code = re.sub(r'""".*?"""|#[^\n]*', "", path.read_text(), flags=re.DOTALL)
+    owners = {
+        r"\.data_ptr\b": {"plan.py", "source.py"},  # source.py: of its copy of a generator's state
+        r"\.(get|set)_state\(": {"source.py", "probe.py"},  # probe.py makes and lends generators
+        r"_cpu\.run": {"backend.py"},
+    }
+    for pattern, files in owners.items():
+        if re.search(pattern, code):
+            assert path.name in files, pattern
+    imported = set(re.findall(r"from fastinit import ([\w, ]+)", code))
+    names = {n.strip() for group in imported for n in group.split(",")}
+    below = {
+        "backend.py": {"_cpu"},
+        "source.py": set(),
+        "plan.py": {"backend", "source"},
+        "probe.py": {"plan"},
+        "init.py": {"plan", "probe", "source"},
+        "model.py": {"init", "plan"},
+    }
+    assert names <= below.get(path.name, names)
