@@ -175,18 +175,6 @@ void write_pairs(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, doub
   if (end == d.items && have_sine) *cached = sine;
 }
 
-// An array that is freed again; std::unique_ptr would be a template shared between targets.
-template <class T>
-struct Scratch {
-  explicit Scratch(uint64_t n) : p(static_cast<T*>(calloc(n, sizeof(T)))) {
-    if (p == nullptr) throw std::bad_alloc();
-  }
-  ~Scratch() { free(p); }
-  Scratch(const Scratch&) = delete;
-  T& operator[](uint64_t i) const { return p[i]; }
-  T* const p;
-};
-
 // sparse_: for each column the first `zeros` entries of torch.randperm(rows) become zero. That is a
 // Fisher-Yates shuffle, step i swapping entries i and i + word % (rows - i). An entry is never read
 // again after its step, so one assignment does for the swap, and what is left behind the last step
@@ -290,7 +278,8 @@ void fill_dtype(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool 
   }
 }
 
-void fill(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool stream, double* cached) {
+void fill_any(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool stream,
+              double* cached) {
   switch (d.dtype) {
     case Dtype::f32:
       return fill_dtype<Dtype::f32, float>(d, w, begin, end, stream, cached);
@@ -301,4 +290,9 @@ void fill(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool stream
     case Dtype::f16:
       return fill_dtype<Dtype::f16, uint16_t>(d, w, begin, end, stream, cached);
   }
+}
+
+void fill(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool stream, double* cached) {
+  fill_any(d, w, begin, end, stream, cached);
+  if (stream) fence();
 }

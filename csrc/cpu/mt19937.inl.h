@@ -79,14 +79,26 @@ FI_INLINE void each_step(Words& w, uint64_t steps, Body&& body) {
   }
 }
 
+// An array that is freed again; std::unique_ptr would be a template shared between targets.
+template <class T>
+struct Scratch {
+  explicit Scratch(uint64_t n) : p(static_cast<T*>(calloc(n, sizeof(T)))) {
+    if (p == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { free(p); }
+  Scratch(const Scratch&) = delete;
+  T& operator[](uint64_t i) const { return p[i]; }
+  T* const p;
+};
+
 // Moves the window's first word on by by.distance. The new state is a GF(2) combination of the
 // words that follow (jump.h): 624 sums of about 10,000 words each, a strip of them held in
 // registers.
 void jump(Words& w, const Jump& by) {
   constexpr uint32_t kStrip = 8 * kLanes;
   constexpr uint32_t kSums = (Words::kState + kStrip - 1) / kStrip * kStrip;
-  uint32_t ahead[1 + Jump::kDegree + kSums];  // 82 KB
-  uint16_t exponent[Jump::kDegree];
+  const Scratch<uint32_t> ahead(1 + Jump::kDegree + kSums);  // 82 KB, too much for some stacks
+  const Scratch<uint16_t> exponent(Jump::kDegree);
   uint32_t sums[kSums];
   int32_t terms = 0;
   for (int32_t i = 0; i < Jump::kDegree; ++i) {
@@ -96,11 +108,11 @@ void jump(Words& w, const Jump& by) {
 
   const uint64_t target = w.base + by.distance;
   w.pos = 0;
-  take_raw(w, ahead, 1 + Jump::kDegree + Words::kState);
+  take_raw(w, ahead.p, 1 + Jump::kDegree + Words::kState);
   for (uint32_t strip = 0; strip < Words::kState; strip += kStrip) {
     U s0 = words(0), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
     for (int32_t i = 0; i < terms; ++i) {
-      const uint32_t* x = ahead + 1 + strip + exponent[i];
+      const uint32_t* x = ahead.p + 1 + strip + exponent[i];
       s0 = s0 ^ load(x);
       s1 = s1 ^ load(x + kLanes);
       s2 = s2 ^ load(x + 2 * kLanes);

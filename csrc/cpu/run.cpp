@@ -217,8 +217,11 @@ bool run_fills(const Target& target, const FillDesc* fills, int64_t count, Sourc
 
   Interrupt interrupt(control);
   std::vector<double> cached(static_cast<size_t>(count));
-  std::vector<Cursor> cursors;
-  for (int i = 0; i < threads; ++i) cursors.emplace_back(target);
+  // A cursor for each worker and source: plans may alternate between generators.
+  std::vector<std::vector<Cursor>> cursors(static_cast<size_t>(threads));
+  for (auto& own : cursors) {
+    for (int64_t s = 0; s < source_count; ++s) own.emplace_back(target);
+  }
   parallel(threads, [&](int worker) {
     Words unused;
     unused.pos = unused.end = 0;
@@ -240,7 +243,7 @@ bool run_fills(const Target& target, const FillDesc* fills, int64_t count, Sourc
         if (d.source >= 0) {
           const TorchState* state = sources[d.source].state;
           const uint64_t start = position_of(*state) + d.first_word;
-          words = &cursors[worker].at(state, start + words_before(d, begin));
+          words = &cursors[worker][d.source].at(state, start + words_before(d, begin));
           sample = state->normal_y;
         }
         target.fill(d, *words, begin, end, stream[f], &sample);
@@ -253,7 +256,7 @@ bool run_fills(const Target& target, const FillDesc* fills, int64_t count, Sourc
   for (int64_t s = 0; s < source_count; ++s) {
     if (sources[s].words_drawn == 0) continue;
     const uint64_t position = position_of(*sources[s].state) + sources[s].words_drawn;
-    cursors[threads - 1].close(sources[s].state, position);
+    cursors[threads - 1][s].close(sources[s].state, position);
   }
   for (int64_t f = 0; f < count; ++f) {
     const FillDesc& d = fills[f];

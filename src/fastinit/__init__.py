@@ -5,6 +5,7 @@ Every public name of `torch.nn.init` is here with the same signature and gives t
 the same generator state. `Plan` and `init_model_` fill many tensors in one threaded pass.
 """
 
+from fastinit.init import __all__ as __all__
 from fastinit.init import calculate_gain as calculate_gain
 from fastinit.init import constant as constant
 from fastinit.init import constant_ as constant_
@@ -34,4 +35,5 @@ from fastinit.init import zeros_ as zeros_
 from fastinit.model import Plan as Plan
 from fastinit.model import init_model_ as init_model_
 
+__all__ = [*__all__, "Plan", "init_model_"]  # torch's own come first
 __version__ = "0.1.0"

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 from torch.nn import init as _torch_init
 
-from fastinit import plan, probe, source
+from fastinit import plan, probe
 
 _torch = SimpleNamespace(**{name: getattr(_torch_init, name) for name in _torch_init.__all__})
 _calculate_fan_in_and_fan_out = _torch_init._calculate_fan_in_and_fan_out
@@ -32,10 +32,16 @@ _CONSTANT = 512  # times as many elements until torch's own fill_ costs more tha
 
 
 def _is_large(t: Any, at_least: int = 1) -> bool:
-    """Worth a look: a plain tensor, of some size unless it is one of many."""
-    return type(t) in _PLAIN and (
-        t.numel() >= at_least * plan.MIN_NATIVE
-        or (plan.ever_recorded and plan.recorder() is not None)
+    """Worth a look: a plain tensor, of some size unless it is one of many, and nobody watches."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(t) in _PLAIN
+        and torch._C._len_torch_function_stack() == 0  # before t.numel() would be seen
+        and (
+            t.numel() >= at_least * plan.MIN_NATIVE
+            or (plan.ever_recorded and plan.recorder() is not None)
+        )
+        and plan.modes_allow()
     )
 
 
@@ -51,10 +57,7 @@ def _run(*fills: plan.Fill | None) -> bool:
     if recorder is not None:
         recorder.add(proved)
         return True
-    try:
-        plan.run(proved)
-    except source.GeneratorBusy:
-        return False
+    plan.run(proved)
     return True
 
 
@@ -143,6 +146,9 @@ def trunc_normal_(
     Returns:
         `tensor`, filled in place.
 
+    Raises:
+        RuntimeError: std < 0, or an integer dtype.
+
     Warns:
         UserWarning: the mean is more than two std outside [a, b].
     """
@@ -163,14 +169,22 @@ def constant_(tensor: Tensor, val: float) -> Tensor:
 
 
 def ones_(tensor: Tensor) -> Tensor:
-    """Fill `tensor` (any shape, any dtype) with 1 and return it; `torch.nn.init.ones_`."""
+    """Fill `tensor` (any shape, any dtype) with 1 and return it; `torch.nn.init.ones_`.
+
+    Raises:
+        RuntimeError: torch cannot write to such a tensor in place.
+    """
     if _is_large(tensor, _CONSTANT) and _run(plan.constant(tensor, 1.0)):
         return tensor
     return _pass_on(_torch.ones_, tensor)
 
 
 def zeros_(tensor: Tensor) -> Tensor:
-    """Fill `tensor` (any shape, any dtype) with 0 and return it; `torch.nn.init.zeros_`."""
+    """Fill `tensor` (any shape, any dtype) with 0 and return it; `torch.nn.init.zeros_`.
+
+    Raises:
+        RuntimeError: torch cannot write to such a tensor in place.
+    """
     if _is_large(tensor, _CONSTANT) and _run(plan.constant(tensor, 0.0)):
         return tensor
     return _pass_on(_torch.zeros_, tensor)
@@ -194,7 +208,8 @@ def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
     """Make a convolution pass its input through; `torch.nn.init.dirac_`.
 
     Args:
-        tensor: shape (out channels, in channels / groups, *kernel) with 1 to 3 kernel dimensions
+        tensor: shape (out channels, in channels / groups, *kernel) with 1 to 3 kernel dimensions,
+            any dtype
         groups: of the convolution; each keeps as many of its channels as fit
 
     Raises:
@@ -221,7 +236,7 @@ def xavier_uniform_(
     (2010).
 
     Args:
-        tensor: shape (fan_out, fan_in, *kernel)
+        tensor: shape (fan_out, fan_in, *kernel), any floating dtype
         gain: scaling factor, see `calculate_gain`
         generator: where the words come from (default: torch's default generator)
 
@@ -241,7 +256,7 @@ def xavier_normal_(tensor: Tensor, gain: float = 1.0, generator: Generator | Non
     `torch.nn.init.xavier_normal_`; Glorot and Bengio (2010), as `xavier_uniform_`.
 
     Args:
-        tensor: shape (fan_out, fan_in, *kernel)
+        tensor: shape (fan_out, fan_in, *kernel), any floating dtype
         gain: scaling factor, see `calculate_gain`
         generator: where the words come from (default: torch's default generator)
 
@@ -272,7 +287,7 @@ def kaiming_uniform_(
     He et al., "Delving deep into rectifiers" (2015).
 
     Args:
-        tensor: shape (fan_out, fan_in, *kernel)
+        tensor: shape (fan_out, fan_in, *kernel), any floating dtype
         a: negative slope of the rectifier, used with leaky_relu only
         mode: "fan_in" keeps the variance in the forward pass, "fan_out" in the backward pass
         nonlinearity: see `calculate_gain`
@@ -284,7 +299,10 @@ def kaiming_uniform_(
     Warns:
         UserWarning: the tensor has no elements; nothing is done.
     """
-    if _is_large(tensor) and tensor.numel() != 0:
+    if _has_no_elements(tensor):
+        warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
+        return tensor
+    if _is_large(tensor):
         bound = math.sqrt(3.0) * _kaiming_std(tensor, a, mode, nonlinearity)
         if _run(plan.uniform(tensor, -bound, bound, generator)):
             return tensor
@@ -300,13 +318,39 @@ def kaiming_normal_(
 ) -> Tensor:
     """Fill with N(0, std^2), std = gain / sqrt(fan); `torch.nn.init.kaiming_normal_`.
 
-    He et al. (2015), as `kaiming_uniform_`; same arguments, errors and warning.
+    He et al. (2015), as `kaiming_uniform_`.
+
+    Args:
+        tensor: shape (fan_out, fan_in, *kernel), any floating dtype
+        a: negative slope of the rectifier, used with leaky_relu only
+        mode: "fan_in" keeps the variance in the forward pass, "fan_out" in the backward pass
+        nonlinearity: see `calculate_gain`
+        generator: where the words come from (default: torch's default generator)
+
+    Raises:
+        ValueError: fewer than two dimensions, unknown mode or nonlinearity.
+
+    Warns:
+        UserWarning: the tensor has no elements; nothing is done.
     """
-    if _is_large(tensor) and tensor.numel() != 0:
+    if _has_no_elements(tensor):
+        warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
+        return tensor
+    if _is_large(tensor):
         std = _kaiming_std(tensor, a, mode, nonlinearity)
         if _run(plan.normal(tensor, 0.0, std, generator)):
             return tensor
     return _pass_on(_torch.kaiming_normal_, tensor, a, mode, nonlinearity, generator)
+
+
+def _has_no_elements(t: Any) -> bool:
+    """torch warns about these at the line of its caller, which has to be ours."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(t) in _PLAIN
+        and torch._C._len_torch_function_stack() == 0
+        and t.numel() == 0
+    )
 
 
 def _kaiming_std(tensor: Tensor, a: float, mode: Any, nonlinearity: Any) -> float:
@@ -329,7 +373,8 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
         ValueError: fewer than two dimensions.
         RuntimeError: a dtype torch.linalg.qr does not have.
     """
-    if not (_is_large(tensor) and tensor.dim() >= 2 and tensor.numel() != 0):
+    usable = _is_large(tensor) and plan.accepts(tensor)
+    if not (usable and tensor.dim() >= 2 and tensor.numel() != 0):
         return _pass_on(_torch.orthogonal_, tensor, gain, generator)
     return _pass_on(_orthogonal, tensor, gain, generator)
 
@@ -339,7 +384,7 @@ def _orthogonal(tensor: Tensor, gain: float, generator: Generator | None) -> Ten
     rows, columns = tensor.shape[0], tensor.numel() // tensor.shape[0]
     with torch.no_grad():
         flat = tensor.new_empty((rows, columns))
-        if not plan.accepts(tensor) or not _run(plan.normal(flat, 0.0, 1.0, generator)):
+        if not _run(plan.normal(flat, 0.0, 1.0, generator)):
             return cast(Tensor, _torch.orthogonal_(tensor, gain, generator))
         q, r = torch.linalg.qr(flat.t_() if rows < columns else flat)
         q *= torch.diag(r, 0).sign()
@@ -357,7 +402,7 @@ def sparse_(
     the normals; which rows become zero always comes from the default generator.
 
     Args:
-        tensor: shape (rows, columns)
+        tensor: shape (rows, columns), any floating dtype
         sparsity: fraction of each column's elements that become zero
         std: of the others
         generator: where the words of the normals come from (default: torch's default generator)

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, cast
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastinit import init, plan
+from fastinit import init, plan, source
 
+_storage = Tensor.untyped_storage  # as it is now: recorders replace it
 _FUNCTIONS = tuple(name for name in init.__all__ if name.endswith("_"))
 
 
@@ -34,18 +37,20 @@ class Plan:
         >>> plan.run()
 
     `run` gives what the same calls one by one would have given, generators included, and may be
-    called again: it then draws on from where the generators are. Errors that torch reports when a
-    call is made are raised by `run`, where that call has its place. The tensors must keep their
-    storage and shape while the plan is used.
+    called again: it then draws on from where the generators are. Errors are raised when the call is
+    recorded if they show then, otherwise by `run`, where that call has its place. The tensors must
+    keep their memory and shape while the plan is used; `run` raises RuntimeError otherwise.
     """
 
     modes = 0
 
     def __init__(self) -> None:
-        self._steps: list[plan.Fill | Callable[[], object]] = []
+        self._steps: list[list[plan.Fill] | Callable[[], object]] = []  # one for each call
 
     def add(self, fills: list[plan.Fill]) -> None:
-        self._steps += fills
+        for fill in fills:
+            fill.extent = plan.extent(fill)
+        self._steps.append(fills)
 
     def call(self, function: Callable[[], object]) -> None:
         self._steps.append(function)
@@ -54,17 +59,30 @@ class Plan:
         return len(self._steps)
 
     def run(self) -> None:
-        """Write everything that was recorded."""
+        """Write everything that was recorded.
+
+        Raises:
+            RuntimeError: a tensor has moved, or a mode is active that has to see torch's operators.
+        """
         before = plan.set_recorder(None)
         try:
+            if isinstance(before, _Recorder):
+                before.flush()
+            elif not plan.modes_allow():
+                raise RuntimeError("a Plan cannot run under a mode, transform or tracer of torch")
             fills: list[plan.Fill] = []
             for step in self._steps:
-                if isinstance(step, plan.Fill):
-                    fills.append(step)
-                    continue
-                plan.run(fills)
-                fills = []
-                step()
+                if callable(step):
+                    plan.run(fills)
+                    fills = []
+                    step()
+                elif any(plan.extent(fill) != fill.extent for fill in step):
+                    raise RuntimeError(
+                        "a tensor of the plan has other memory or another shape than when it was "
+                        "recorded; record the plan anew"
+                    )
+                else:
+                    fills += step
             plan.run(fills)
         finally:
             plan.set_recorder(before)
@@ -99,30 +117,40 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._fills: list[plan.Fill] = []
         self._storages: set[int] = set()  # of the first _known fills
         self._known = 0
+        self._starts: dict[torch.Generator, bytes] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # True makes the first operator import torch._dynamo, which takes a second
 
     def add(self, fills: list[plan.Fill]) -> None:
-        self._fills += fills
+        for fill in fills:
+            generator = fill.generator
+            if generator is not None:
+                now = source.current(generator)
+                if self._starts.get(generator, now) != now:  # somebody has set it meanwhile
+                    self.flush()
+                self._starts[generator] = now
+            # What is to be written is this memory, whatever becomes of the tensor object.
+            torch.autograd.graph.increment_version([fill.tensor] * fill.bumps)
+            fill.counter, fill.bumps, fill.tensor = fill.tensor, 0, fill.tensor.data
+            self._fills.append(fill)
 
     def call(self, function: Callable[[], object]) -> None:
         self.flush()
         before = plan.set_recorder(None)
         try:
-            with _disable_current_modes():
-                function()
+            function()
         finally:
             plan.set_recorder(before)
 
     def flush(self) -> None:
         fills, self._fills = self._fills, []
+        starts, self._starts = self._starts, {}
         self._storages.clear()
         self._known = 0
         if fills:
-            with _disable_current_modes():
-                plan.run(fills)
+            plan.run(fills, starts)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -140,8 +168,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided:
             return True
         new, self._known = self._fills[self._known :], len(self._fills)
-        self._storages.update(f.tensor.untyped_storage()._cdata for f in new)
-        return x.untyped_storage()._cdata in self._storages
+        self._storages.update(_storage(f.tensor)._cdata for f in new)
+        return _storage(x)._cdata in self._storages
 
 
 def _is_view(func: Any) -> bool:
@@ -174,24 +202,24 @@ class _FlushingGenerator:
 
 
 # Ways to a tensor's memory that no operator announces.
-_RAW = ("__array__", "__dlpack__", "__reduce_ex__", "data_ptr", "numpy", "tolist")
+_RAW = (
+    *("__array__", "__dlpack__", "__reduce_ex__", "data_ptr", "numpy", "storage", "tolist"),
+    *("untyped_storage", "share_memory_", "apply_", "map_", "map2_"),
+)
 
 
-def _flushing(name: str) -> Callable[..., Any]:
-    original = getattr(Tensor, name)
-
-    def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _flushing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
         recorder = plan.recorder()
         if isinstance(recorder, _Recorder):
             recorder.flush()
-        return original(self, *args, **kwargs)
+        return original(*args, **kwargs)
 
     return method
 
 
-@functools.cache
-def _importers() -> list[tuple[ModuleType, str]]:
-    """Where torch itself has the functions."""
+def _find_importers() -> list[tuple[ModuleType, str]]:
     return [
         (module, name)
         for path, module in list(sys.modules.items())
@@ -201,32 +229,58 @@ def _importers() -> list[tuple[ModuleType, str]]:
     ]
 
 
+_patch_lock = threading.RLock()
+_patch_users = 0
+_patch_undo: list[tuple[Any, str, Any]] = []
+_NOT_THERE = object()
+
+
+def _patch(owner: Any, name: str, value: object) -> None:
+    _patch_undo.append((owner, name, vars(owner).get(name, _NOT_THERE)))
+    setattr(owner, name, value)
+
+
+_importers = _find_importers()  # where torch itself has the functions, before others patch them
+
+
 @contextmanager
 def _patched() -> Iterator[None]:
-    """torch.nn.init, and what torch.nn.modules imported from it, gets fastinit's functions."""
-    undo: list[tuple[Any, str, Any]] = []
+    """torch.nn.init and what it is bound to elsewhere, and ways to see memory and generators.
+
+    Shared by all threads that record; a thread that does not is not affected.
+    """
+    global _patch_users
+    with _patch_lock:
+        _patch_users += 1
+        if _patch_users == 1:
+            for module, name in _importers:
+                if vars(module).get(name) is getattr(init._torch, name):
+                    _patch(module, name, getattr(init, name))
+            generator = vars(torch.random)["default_generator"]
+            _patch(torch.random, "default_generator", _FlushingGenerator(generator))
+            for name in _RAW:
+                _patch(Tensor, name, _flushing(getattr(Tensor, name)))
+            dlpack = vars(torch.utils.dlpack)["to_dlpack"]
+            _patch(torch.utils.dlpack, "to_dlpack", _flushing(dlpack))
+            _patch(threading.Thread, "start", _flushing(threading.Thread.start))
     try:
-        for module, name in _importers():
-            if module.__dict__.get(name) is getattr(init._torch, name):
-                undo.append((module, name, module.__dict__[name]))
-                setattr(module, name, getattr(init, name))
-        generator = torch.random.__dict__["default_generator"]
-        undo.append((torch.random, "default_generator", generator))
-        setattr(torch.random, "default_generator", _FlushingGenerator(generator))  # noqa: B010
         yield
     finally:
-        for owner, name, value in undo:
-            setattr(owner, name, value)
+        with _patch_lock:
+            _patch_users -= 1
+            while _patch_users == 0 and _patch_undo:
+                owner, name, value = _patch_undo.pop()
+                if value is _NOT_THERE:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, value)
 
 
 @contextmanager
 def _recording() -> Iterator[None]:
     recorder = _Recorder()
     before = plan.set_recorder(recorder)
-    own = {name: Tensor.__dict__.get(name) for name in _RAW}
     try:
-        for name in _RAW:
-            setattr(Tensor, name, _flushing(name))
         with _patched(), recorder:
             try:
                 yield
@@ -234,11 +288,6 @@ def _recording() -> Iterator[None]:
                 recorder.flush()
     finally:
         plan.set_recorder(before)
-        for name, value in own.items():
-            if value is None:
-                delattr(Tensor, name)
-            else:
-                setattr(Tensor, name, value)
 
 
 def init_model_(model: nn.Module, fn: Callable[[nn.Module], object] | None = None) -> nn.Module:
@@ -257,8 +306,17 @@ def init_model_(model: nn.Module, fn: Callable[[nn.Module], object] | None = Non
     raises, what was asked for so far is written. Reading a `torch.Generator` through its own
     methods inside `fn` is not noticed; `torch.get_rng_state`, `fork_rng` and the like are.
     """
-    with _recording():
-        model.apply(cast("Callable[[nn.Module], None]", fn or _reset))
+    apply = functools.partial(model.apply, cast("Callable[[nn.Module], None]", fn or _reset))
+    outer = plan.recorder()
+    if isinstance(outer, _Recorder):  # inside the fn of another init_model_
+        apply()
+    elif outer is not None:
+        raise RuntimeError("init_model_ cannot be part of a Plan that is being recorded")
+    elif plan.modes_allow():
+        with _recording():
+            apply()
+    else:  # a mode that has to see torch's operators
+        apply()
     return model
 
 

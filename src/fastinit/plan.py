@@ -12,13 +12,14 @@ import math
 import struct
 import threading
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
-import torch.utils._device
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastinit import backend, source
 
@@ -32,7 +33,7 @@ OPS = ("constant", "diagonal", "uniform", "normal", "normal_pairs", "trunc_norma
 _OP_CODE = {op: code for code, op in enumerate(OPS)}
 _PACK = struct.Struct("<QQddddQiBBBB8q")  # FillDesc of csrc/plan.h
 _DENSE = (0,) * 8
-_address = Tensor.data_ptr  # as it is now: recorders may replace it
+_address = Tensor.data_ptr  # as it is now: recorders replace it
 _FAR = 9.0  # no normal lies farther from its mean, in standard deviations (53 bits: 8.57)
 
 
@@ -52,7 +53,10 @@ class Fill:
     lo: float = 0.0
     hi: float = 0.0
     flavour: int = 0
+    rests_on: str = ""  # an operator that has to be proved as well
     bumps: int = 1  # of the tensor's version counter
+    counter: Tensor | None = None  # whose version counter, if not the tensor's own
+    extent: tuple[int, int] = (0, 0)  # when it was recorded, for plans that are kept
 
 
 # ---- what the kernels can take -------------------------------------------------------------------
@@ -88,18 +92,16 @@ def set_recorder(value: Recorder | None) -> Recorder | None:
     return before
 
 
-def _modes_allow() -> bool:
+def modes_allow() -> bool:
     """No mode, transform or tracer is active that would have to see torch's operators."""
     c = torch._C
     own = 0 if _local.recorder is None else _local.recorder.modes
-    for i in range(c._len_torch_function_stack()):
-        if type(c._get_function_stack_at(i)) is not torch.utils._device.DeviceContext:
-            return False
     return (
-        c._len_torch_dispatch_stack() == own
+        c._len_torch_function_stack() == 0
+        and c._len_torch_dispatch_stack() == own
         and c._functorch.peek_interpreter_stack() is None
         and c._get_tracing_state() is None
-        and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
     )
 
 
@@ -109,9 +111,10 @@ def accepts(t: Tensor) -> bool:
         t.dtype in DTYPES
         and t.device.type == "cpu"
         and t.layout is torch.strided
-        and not (t.is_nested or t.is_neg() or t.is_inference())
+        and not (t.is_nested or t.is_neg() or t.is_inference() or t._is_zerotensor())
         and not (t.requires_grad and not t.is_leaf)
-        and _modes_allow()
+        and not torch._is_functional_tensor(t)
+        and _address(t) != 0  # of a storage that was given back
     )
 
 
@@ -145,6 +148,8 @@ def layout_of(t: Tensor) -> tuple[str, int, tuple[int, ...]] | None:
 def _number(value: object, dtype: torch.dtype) -> float | None:
     """A finite int or float that all dtypes' checks would let pass."""
     if type(value) is not float and type(value) is not int:
+        return None
+    if type(value) is int and abs(value) > 1 << 53:  # torch rounds these more than once
         return None
     return float(value) if abs(value) <= _LARGEST.get(dtype, _LARGEST_OTHER) else None  # not NaN
 
@@ -197,6 +202,8 @@ def trunc_normal(
         fill.lo, fill.hi = (t.new_tensor(x, device="cpu").item() for x in (low, high))
     elif below > -_FAR or above < _FAR:
         return None
+    else:  # no draw can be rejected; that draws would be is what the other kind shows
+        fill.rests_on = "trunc_normal"
     return fill
 
 
@@ -259,7 +266,7 @@ def words_drawn(fill: Fill, cached: bool) -> int:
     return 0
 
 
-def _extent(fill: Fill) -> tuple[int, int]:
+def extent(fill: Fill) -> tuple[int, int]:
     """First byte and the one behind the last."""
     t = fill.tensor
     begin = _address(t)
@@ -302,40 +309,40 @@ class _Stage:
             self.flush()
             packed = _pack(fill, _address(fill.tensor), 0, src, False)
             rounds = backend.run_trunc(packed, self._states[src].address)
-            return 1 if rounds == 1 else 2
+            return fill.bumps + (rounds > 1)  # torch copies the result of later rounds
         pairs = fill.op == "normal_pairs"
         if pairs and self._cached[src] and self._made_cached[src]:
             self.flush()
-        extent = _extent(fill)
+        begin, end = extent(fill)
         if not self._alone:
-            self._make_room(fill, extent)
-            insort(self._extents, (*extent, len(self._packed), not pairs))
+            self._make_room(fill, begin, end)
+            insort(self._extents, (begin, end, len(self._packed), not pairs))
         if src < 0:
-            self._packed.append(_pack(fill, extent[0], 0, src, False))
+            self._packed.append(_pack(fill, begin, 0, src, False))
             return fill.bumps
         cached = pairs and self._cached[src]
-        self._packed.append(_pack(fill, extent[0], self._words[src], src, cached))
+        self._packed.append(_pack(fill, begin, self._words[src], src, cached))
         self._words[src] += words_drawn(fill, cached)
         if pairs:
             self._cached[src] = (fill.items - cached) % 2 != 0
             self._made_cached[src] = True
         return fill.bumps
 
-    def _make_room(self, fill: Fill, extent: tuple[int, int]) -> None:
+    def _make_room(self, fill: Fill, first: int, last: int) -> None:
         """No two fills of a stage may overlap. One that is overwritten completely is not done."""
-        at = bisect_left(self._extents, (extent[0], -1, -1, False))
+        at = bisect_left(self._extents, (first, -1, -1, False))
         for i in (at - 1, at):
             if not 0 <= i < len(self._extents):
                 continue
             begin, end, position, droppable = self._extents[i]
-            if end <= extent[0] or extent[1] <= begin:
+            if end <= first or last <= begin:
                 continue
             everywhere = fill.rank == 0 and fill.op != "sparse_mask"
-            if not (droppable and everywhere and extent[0] <= begin and end <= extent[1]):
+            if not (droppable and everywhere and first <= begin and end <= last):
                 return self.flush()
             self._packed[position] = None
             del self._extents[i]
-            return self._make_room(fill, extent)
+            return self._make_room(fill, first, last)
 
     def flush(self) -> None:
         packed = b"".join(p for p in self._packed if p is not None)
@@ -344,8 +351,10 @@ class _Stage:
         self._begin()
 
 
-def run(fills: Sequence[Fill]) -> None:
-    """Do the fills as if torch had done them one by one."""
+def run(
+    fills: Sequence[Fill], starts: Mapping[torch.Generator, bytes] = MappingProxyType({})
+) -> None:
+    """Do the fills as if torch had done them one by one. `starts`: see source.State."""
     generators = list({f.generator: None for f in fills if f.generator is not None})
     index = {g: i for i, g in enumerate(generators)}
     bumps: list[int] = []
@@ -358,7 +367,8 @@ def run(fills: Sequence[Fill]) -> None:
         stage.flush()
 
     try:
-        source.draw(generators, work)
+        source.draw(generators, work, starts)
     finally:
-        written = [f.tensor for f, times in zip(fills, bumps) for _ in range(times)]
+        counters = [f.tensor if f.counter is None else f.counter for f in fills]
+        written = [t for t, times in zip(counters, bumps) for _ in range(times)]
         torch.autograd.graph.increment_version(written)

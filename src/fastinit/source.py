@@ -9,31 +9,36 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 
 STATE_SIZE = 5056  # bytes of get_state(); csrc/plan.h has the layout
 _NORMAL_IS_VALID = 5040  # offset of the flag of the cached normal
 _ATTEMPTS = 8
+_address = torch.Tensor.data_ptr  # as it is now: recorders replace it
 
-_locks: dict[int, threading.RLock] = {}  # by id; a generator has one Python object
+_locks: WeakKeyDictionary[torch.Generator, threading.RLock] = WeakKeyDictionary()
 os.register_at_fork(after_in_child=_locks.clear)
 
 
-class GeneratorBusy(RuntimeError):
-    """Another thread keeps drawing from the generator with torch's own operators."""
-
-
 class State:
-    """A copy of a generator's state that kernels may advance."""
+    """A copy of a generator's state that kernels may advance.
 
-    def __init__(self, generator: torch.Generator) -> None:
+    `start`: where the words begin, if known. A generator that is elsewhere by now was set by
+    somebody after those words were asked for; it is then left alone.
+    """
+
+    def __init__(self, generator: torch.Generator, start: bytes | None = None) -> None:
         self._tensor = generator.get_state()
         if self._tensor.numel() != STATE_SIZE:
             raise NotImplementedError(f"a generator state of {self._tensor.numel()} bytes")
-        self.address = self._tensor.data_ptr()
+        self.address = _address(self._tensor)
         self._before = ctypes.string_at(self.address, STATE_SIZE)
+        self._was_set = start is not None and start != self._before
+        if start is not None:
+            ctypes.memmove(self.address, start, STATE_SIZE)
 
     @property
     def has_cached_normal(self) -> bool:
@@ -41,10 +46,17 @@ class State:
 
     def is_current(self, generator: torch.Generator) -> bool:
         now = generator.get_state()
-        return ctypes.string_at(now.data_ptr(), STATE_SIZE) == self._before
+        return ctypes.string_at(_address(now), STATE_SIZE) == self._before
 
     def put_back(self, generator: torch.Generator) -> None:
-        generator.set_state(self._tensor)
+        if not self._was_set:
+            generator.set_state(self._tensor)
+
+
+def current(generator: torch.Generator) -> bytes:
+    """The whole state."""
+    state = generator.get_state()  # has to outlive the look at its memory
+    return ctypes.string_at(_address(state), STATE_SIZE)
 
 
 def resolve(generator: torch.Generator | None) -> torch.Generator:
@@ -58,23 +70,25 @@ def is_supported(generator: object) -> bool:
     )
 
 
-def draw(generators: Sequence[torch.Generator], work: Callable[[list[State]], None]) -> None:
+def draw(
+    generators: Sequence[torch.Generator],
+    work: Callable[[list[State]], None],
+    starts: Mapping[torch.Generator, bytes],
+) -> None:
     """Call `work` with the generators' states, then give the generators the states it left.
 
-    Threads that use fastinit take turns by generator. If torch's operators drew from one of them
-    meanwhile in another thread, the work is done again behind them, so that no word is used twice.
+    Threads that use fastinit take turns by generator. If one of torch's operators is seen to have
+    drawn from it meanwhile in another thread, the work is done again behind that, a few times.
     """
-    locks = [_locks.setdefault(key, threading.RLock()) for key in sorted(id(g) for g in generators)]
+    locks = [_locks.setdefault(g, threading.RLock()) for g in sorted(generators, key=id)]
     for lock in locks:
         lock.acquire()
     try:
         for _ in range(_ATTEMPTS):
-            states = [State(g) for g in generators]
+            states = [State(g, starts.get(g)) for g in generators]
             work(states)
             if all(s.is_current(g) for s, g in zip(states, generators)):
                 break
-        else:
-            raise GeneratorBusy("another thread keeps drawing from the generator")
         for s, g in zip(states, generators):
             s.put_back(g)
     finally:
