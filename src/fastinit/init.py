@@ -22,10 +22,21 @@ from torch.nn import init as _torch_init
 
 from fastinit import plan, probe
 
-_torch = SimpleNamespace(**{name: getattr(_torch_init, name) for name in _torch_init.__all__})
+# fmt: off
+__all__ = [  # torch's order; older torch.nn.init has no such list
+    "calculate_gain",
+    "uniform_", "normal_", "trunc_normal_", "constant_", "ones_", "zeros_", "eye_", "dirac_",
+    "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_", "orthogonal_",
+    "sparse_",
+    "uniform", "normal", "constant", "eye", "dirac", "xavier_uniform", "xavier_normal",
+    "kaiming_uniform", "kaiming_normal", "orthogonal", "sparse",
+]
+# fmt: on
+
+# torch's own functions, whatever torch.nn.init is patched with later.
+_torch = SimpleNamespace(**{name: getattr(_torch_init, name) for name in __all__})
 _calculate_fan_in_and_fan_out = _torch_init._calculate_fan_in_and_fan_out
 _calculate_correct_fan = _torch_init._calculate_correct_fan
-__all__ = list(_torch_init.__all__)
 
 _PLAIN = frozenset((Tensor, Parameter))
 _CONSTANT = 512  # times as many elements until torch's own fill_ costs more than a look at it

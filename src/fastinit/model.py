@@ -126,6 +126,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def add(self, fills: list[plan.Fill]) -> None:
         for fill in fills:
             generator = fill.generator
+            if generator not in (None, torch.default_generator):
+                # Its owner may read its state at any time, which nobody would see.
+                self.flush()
+                plan.run([fill])
+                continue
             if generator is not None:
                 now = source.current(generator)
                 if self._starts.get(generator, now) != now:  # somebody has set it meanwhile
@@ -303,8 +308,9 @@ def init_model_(model: nn.Module, fn: Callable[[nn.Module], object] | None = Non
 
     What `fn` asks of torch.nn.init or fastinit is recorded and run as one plan; everything else it
     does to tensors is done when asked, with the fills before it written if it could see them. If it
-    raises, what was asked for so far is written. Reading a `torch.Generator` through its own
-    methods inside `fn` is not noticed; `torch.get_rng_state`, `fork_rng` and the like are.
+    raises, what was asked for so far is written. Fills with a generator of the user's own run at
+    once. Inside `fn`, reading `torch.default_generator` through its own methods is not seen;
+    `torch.get_rng_state`, `fork_rng` and the like are.
     """
     apply = functools.partial(model.apply, cast("Callable[[nn.Module], None]", fn or _reset))
     outer = plan.recorder()
