@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The cases of fastinit.bench under pytest-benchmark, one test per contender.
 
-    pytest benchmarks --benchmark-group-by=param:case
+pytest benchmarks --benchmark-group-by=param:case
 """
 
 import pytest

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Every argument the float32 normals can have: 2^24 radii and 2^24 angles.
 
-The kernel replaces steps of torch's polynomials by cheaper ones that are exact (docs/design.md), which
-a sample of random values would support but not show. A generator's state can be written so that
-its next words are the ones wanted: tempering is a bijection.
+The kernel replaces steps of torch's polynomials by cheaper ones that are exact (docs/design.md).
+Random values would support that but not show it. A generator's state can be written so that its
+next words are the ones wanted: tempering is a bijection.
 """
 
 import numpy as np

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Threads that begin far into the sequence: jump-ahead, against torch and against numpy's MT19937."""
+"""Threads that begin far into the sequence: jump-ahead, against torch and numpy's MT19937."""
 
 import numpy as np
 import pytest

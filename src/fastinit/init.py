@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 from torch.nn import init as _torch_init
 
-from fastinit import plan, probe
+from fastinit import plan, probe, source
 
 # fmt: off
 __all__ = [  # torch's order; older torch.nn.init has no such list
@@ -76,7 +76,11 @@ def _pass_on(function: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Ten
     """Call torch's function, or record the call."""
     recorder = plan.recorder() if plan.ever_recorded else None
     if recorder is None:
-        return function(tensor, *args)
+        if not source.busy:
+            return function(tensor, *args)
+        used = {a for a in args if isinstance(a, Generator)} | {torch.default_generator}
+        with source.turn(*used):
+            return function(tensor, *args)
     recorder.call(functools.partial(function, tensor, *args))
     return tensor
 

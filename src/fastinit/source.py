@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +21,9 @@ _ATTEMPTS = 8
 _address = torch.Tensor.data_ptr  # as it is now: recorders replace it
 
 _locks: WeakKeyDictionary[torch.Generator, threading.RLock] = WeakKeyDictionary()
+busy: set[int] = set()  # threads that draw natively; while there is none, torch may without a lock
 os.register_at_fork(after_in_child=_locks.clear)
+os.register_at_fork(after_in_child=busy.clear)
 
 
 class State:
@@ -70,6 +73,15 @@ def is_supported(generator: object) -> bool:
     )
 
 
+@contextmanager
+def turn(*generators: torch.Generator) -> Iterator[None]:
+    """Be the only thread of fastinit's that draws from these."""
+    with ExitStack() as locks:
+        for g in sorted(generators, key=id):  # in the same order in every thread
+            locks.enter_context(_locks.setdefault(g, threading.RLock()))
+        yield
+
+
 def draw(
     generators: Sequence[torch.Generator],
     work: Callable[[list[State]], None],
@@ -80,17 +92,15 @@ def draw(
     Threads that use fastinit take turns by generator. If one of torch's operators is seen to have
     drawn from it meanwhile in another thread, the work is done again behind that, a few times.
     """
-    locks = [_locks.setdefault(g, threading.RLock()) for g in sorted(generators, key=id)]
-    for lock in locks:
-        lock.acquire()
+    busy.add(threading.get_ident())
     try:
-        for _ in range(_ATTEMPTS):
-            states = [State(g, starts.get(g)) for g in generators]
-            work(states)
-            if all(s.is_current(g) for s, g in zip(states, generators)):
-                break
-        for s, g in zip(states, generators):
-            s.put_back(g)
+        with turn(*generators):
+            for _ in range(_ATTEMPTS):
+                states = [State(g, starts.get(g)) for g in generators]
+                work(states)
+                if all(s.is_current(g) for s, g in zip(states, generators)):
+                    break
+            for s, g in zip(states, generators):
+                s.put_back(g)
     finally:
-        for lock in locks:
-            lock.release()
+        busy.discard(threading.get_ident())
