@@ -44,16 +44,12 @@ _CONSTANT = 512  # times as many elements until torch's own fill_ costs more tha
 
 def _is_large(t: Any, at_least: int = 1) -> bool:
     """Worth a look: a plain tensor, of some size unless it is one of many, and nobody watches."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(t) in _PLAIN
-        and torch._C._len_torch_function_stack() == 0  # before t.numel() would be seen
-        and (
-            t.numel() >= at_least * plan.MIN_NATIVE
-            or (plan.ever_recorded and plan.recorder() is not None)
-        )
-        and plan.modes_allow()
-    )
+    if type(t) not in _PLAIN or torch._C._len_torch_function_stack() != 0:
+        return False  # before t.numel() would be seen
+    n = t.numel()
+    if n < at_least * plan.MIN_NATIVE and not (plan.ever_recorded and plan.recorder() is not None):
+        return False
+    return n != 0 and not torch.compiler.is_compiling() and plan.modes_allow()
 
 
 def _run(*fills: plan.Fill | None) -> bool:
@@ -76,10 +72,7 @@ def _pass_on(function: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Ten
     """Call torch's function, or record the call."""
     recorder = plan.recorder() if plan.ever_recorded else None
     if recorder is None:
-        if not source.busy:
-            return function(tensor, *args)
-        used = {a for a in args if isinstance(a, Generator)} | {torch.default_generator}
-        with source.turn(*used):
+        with source.lock_of(args[-1] if args else None):  # the generator comes last
             return function(tensor, *args)
     recorder.call(functools.partial(function, tensor, *args))
     return tensor
@@ -314,13 +307,13 @@ def kaiming_uniform_(
     Warns:
         UserWarning: the tensor has no elements; nothing is done.
     """
-    if _has_no_elements(tensor):
-        warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
-        return tensor
     if _is_large(tensor):
         bound = math.sqrt(3.0) * _kaiming_std(tensor, a, mode, nonlinearity)
         if _run(plan.uniform(tensor, -bound, bound, generator)):
             return tensor
+    elif _has_no_elements(tensor):
+        warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
+        return tensor
     return _pass_on(_torch.kaiming_uniform_, tensor, a, mode, nonlinearity, generator)
 
 
@@ -348,24 +341,19 @@ def kaiming_normal_(
     Warns:
         UserWarning: the tensor has no elements; nothing is done.
     """
-    if _has_no_elements(tensor):
-        warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
-        return tensor
     if _is_large(tensor):
         std = _kaiming_std(tensor, a, mode, nonlinearity)
         if _run(plan.normal(tensor, 0.0, std, generator)):
             return tensor
+    elif _has_no_elements(tensor):
+        warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
+        return tensor
     return _pass_on(_torch.kaiming_normal_, tensor, a, mode, nonlinearity, generator)
 
 
 def _has_no_elements(t: Any) -> bool:
     """torch warns about these at the line of its caller, which has to be ours."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(t) in _PLAIN
-        and torch._C._len_torch_function_stack() == 0
-        and t.numel() == 0
-    )
+    return type(t) in _PLAIN and torch._C._len_torch_function_stack() == 0 and bool(t.numel() == 0)
 
 
 def _kaiming_std(tensor: Tensor, a: float, mode: Any, nonlinearity: Any) -> float:
@@ -389,7 +377,7 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
         RuntimeError: a dtype torch.linalg.qr does not have.
     """
     usable = _is_large(tensor) and plan.accepts(tensor)
-    if not (usable and tensor.dim() >= 2 and tensor.numel() != 0):
+    if not (usable and tensor.dim() >= 2):
         return _pass_on(_torch.orthogonal_, tensor, gain, generator)
     return _pass_on(_orthogonal, tensor, gain, generator)
 
@@ -436,7 +424,13 @@ def sparse_(
         )
     ):
         return tensor
-    return _pass_on(_torch.sparse_, tensor, sparsity, std, generator)
+    with source.turn(torch.default_generator, *_given(generator)):
+        return _pass_on(_torch.sparse_, tensor, sparsity, std, generator)
+
+
+def _given(generator: Generator | None) -> tuple[Generator, ...]:
+    own = isinstance(generator, Generator) and generator is not torch.default_generator
+    return (cast(Generator, generator),) if own else ()
 
 
 def _deprecated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -21,9 +21,16 @@ _ATTEMPTS = 8
 _address = torch.Tensor.data_ptr  # as it is now: recorders replace it
 
 _locks: WeakKeyDictionary[torch.Generator, threading.RLock] = WeakKeyDictionary()
-busy: set[int] = set()  # threads that draw natively; while there is none, torch may without a lock
-os.register_at_fork(after_in_child=_locks.clear)
-os.register_at_fork(after_in_child=busy.clear)
+_default_lock = threading.RLock()
+
+
+def _forget_locks() -> None:  # in a forked child, where nobody is left to release them
+    global _default_lock
+    _default_lock = threading.RLock()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 class State:
@@ -73,12 +80,19 @@ def is_supported(generator: object) -> bool:
     )
 
 
+def lock_of(generator: object) -> threading.RLock:
+    """What threads take turns by; the default generator's for anything that is no generator."""
+    if type(generator) is not torch.Generator or generator is torch.default_generator:
+        return _default_lock
+    return _locks.setdefault(generator, threading.RLock())
+
+
 @contextmanager
 def turn(*generators: torch.Generator) -> Iterator[None]:
     """Be the only thread of fastinit's that draws from these."""
     with ExitStack() as locks:
         for g in sorted(generators, key=id):  # in the same order in every thread
-            locks.enter_context(_locks.setdefault(g, threading.RLock()))
+            locks.enter_context(lock_of(g))
         yield
 
 
@@ -92,15 +106,11 @@ def draw(
     Threads that use fastinit take turns by generator. If one of torch's operators is seen to have
     drawn from it meanwhile in another thread, the work is done again behind that, a few times.
     """
-    busy.add(threading.get_ident())
-    try:
-        with turn(*generators):
-            for _ in range(_ATTEMPTS):
-                states = [State(g, starts.get(g)) for g in generators]
-                work(states)
-                if all(s.is_current(g) for s, g in zip(states, generators)):
-                    break
-            for s, g in zip(states, generators):
-                s.put_back(g)
-    finally:
-        busy.discard(threading.get_ident())
+    with turn(*generators):
+        for _ in range(_ATTEMPTS):
+            states = [State(g, starts.get(g)) for g in generators]
+            work(states)
+            if all(s.is_current(g) for s, g in zip(states, generators)):
+                break
+        for s, g in zip(states, generators):
+            s.put_back(g)
