@@ -47,7 +47,7 @@ def _is_large(t: Any, at_least: int = 1) -> bool:
     if type(t) not in _PLAIN or torch._C._len_torch_function_stack() != 0:
         return False  # before t.numel() would be seen
     n = t.numel()
-    if n < at_least * plan.MIN_NATIVE and not (plan.ever_recorded and plan.recorder() is not None):
+    if n < at_least * plan.MIN_NATIVE and plan.this_thread.recorder is None:
         return False
     return n != 0 and not torch.compiler.is_compiling() and plan.modes_allow()
 
@@ -60,7 +60,7 @@ def _run(*fills: plan.Fill | None) -> bool:
         if fill is None:
             return False
         proved.append(fill)
-    recorder = plan.recorder()
+    recorder = plan.this_thread.recorder
     if recorder is not None:
         recorder.add(proved)
         return True
@@ -70,9 +70,10 @@ def _run(*fills: plan.Fill | None) -> bool:
 
 def _pass_on(function: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Tensor:
     """Call torch's function, or record the call."""
-    recorder = plan.recorder() if plan.ever_recorded else None
+    recorder = plan.this_thread.recorder
     if recorder is None:
-        with source.lock_of(args[-1] if args else None):  # the generator comes last
+        generator = args[-1] if args else None  # it comes last
+        with source.default_lock if generator is None else source.lock_of(generator):
             return function(tensor, *args)
     recorder.call(functools.partial(function, tensor, *args))
     return tensor

@@ -200,7 +200,7 @@ class _FlushingGenerator:
         self._generator = generator
 
     def __getattr__(self, name: str) -> Any:
-        recorder = plan.recorder()
+        recorder = plan.this_thread.recorder
         if isinstance(recorder, _Recorder):
             recorder.flush()
         return getattr(self._generator, name)
@@ -216,7 +216,7 @@ _RAW = (
 def _flushing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
-        recorder = plan.recorder()
+        recorder = plan.this_thread.recorder
         if isinstance(recorder, _Recorder):
             recorder.flush()
         return original(*args, **kwargs)
@@ -313,7 +313,7 @@ def init_model_(model: nn.Module, fn: Callable[[nn.Module], object] | None = Non
     `torch.get_rng_state`, `fork_rng` and the like are.
     """
     apply = functools.partial(model.apply, cast("Callable[[nn.Module], None]", fn or _reset))
-    outer = plan.recorder()
+    outer = plan.this_thread.recorder
     if isinstance(outer, _Recorder):  # inside the fn of another init_model_
         apply()
     elif outer is not None:

@@ -75,27 +75,19 @@ class _Local(threading.local):
     recorder: Recorder | None = None
 
 
-_local = _Local()
-ever_recorded = False  # spares single calls the look at _local
-
-
-def recorder() -> Recorder | None:
-    """The recorder of this thread, if there is one."""
-    return _local.recorder
+this_thread = _Local()
 
 
 def set_recorder(value: Recorder | None) -> Recorder | None:
     """Replace the recorder of this thread; returns the one before."""
-    global ever_recorded
-    ever_recorded = True
-    before, _local.recorder = _local.recorder, value
+    before, this_thread.recorder = this_thread.recorder, value
     return before
 
 
 def modes_allow() -> bool:
     """No mode, transform or tracer is active that would have to see torch's operators."""
     c = torch._C
-    own = 0 if _local.recorder is None else _local.recorder.modes
+    own = 0 if this_thread.recorder is None else this_thread.recorder.modes
     return (
         c._len_torch_function_stack() == 0
         and c._len_torch_dispatch_stack() == own

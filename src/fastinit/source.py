@@ -21,12 +21,12 @@ _ATTEMPTS = 8
 _address = torch.Tensor.data_ptr  # as it is now: recorders replace it
 
 _locks: WeakKeyDictionary[torch.Generator, threading.RLock] = WeakKeyDictionary()
-_default_lock = threading.RLock()
+default_lock = threading.RLock()
 
 
 def _forget_locks() -> None:  # in a forked child, where nobody is left to release them
-    global _default_lock
-    _default_lock = threading.RLock()
+    global default_lock
+    default_lock = threading.RLock()
     _locks.clear()
 
 
@@ -83,7 +83,7 @@ def is_supported(generator: object) -> bool:
 def lock_of(generator: object) -> threading.RLock:
     """What threads take turns by; the default generator's for anything that is no generator."""
     if type(generator) is not torch.Generator or generator is torch.default_generator:
-        return _default_lock
+        return default_lock
     return _locks.setdefault(generator, threading.RLock())
 
 
