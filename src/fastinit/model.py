@@ -138,7 +138,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._starts[generator] = now
             # What is to be written is this memory, whatever becomes of the tensor object.
             torch.autograd.graph.increment_version([fill.tensor] * fill.bumps)
-            fill.counter, fill.bumps, fill.tensor = fill.tensor, 0, fill.tensor.data
+            fill.counter, fill.bumps = fill.tensor, 0
+            with torch._C._DisableTorchDispatch():  # `data` would come to this mode as an operator
+                fill.tensor = fill.tensor.data
             self._fills.append(fill)
 
     def call(self, function: Callable[[], object]) -> None:
