@@ -144,8 +144,8 @@ struct Place {  // in the concatenation of all tiles of all fills
 // starts later in a sequence gets less to do.
 class Division {
  public:
-  Division(const FillDesc* fills, int64_t count, const Source* sources)
-      : fills_(fills), sources_(sources), before_(static_cast<size_t>(count) + 1) {
+  Division(const FillDesc* fills, int64_t count)
+      : fills_(fills), before_(static_cast<size_t>(count) + 1) {
     for (int64_t i = 0; i < count; ++i) {
       before_[i + 1] = before_[i] + item_cost(fills[i]) * static_cast<double>(fills[i].items);
     }
@@ -195,7 +195,6 @@ class Division {
   }
 
   const FillDesc* fills_;
-  const Source* sources_;
   std::vector<double> before_;
 };
 
@@ -211,7 +210,7 @@ bool run_fills(const Target& target, const FillDesc* fills, int64_t count, Sourc
     const bool fresh = d.rank == 0 && is_fresh(d.address, d.items * element_size(d.dtype));
     stream[i] = bytes >= kStreamBytes && !fresh;
   }
-  const Division division(fills, count, sources);
+  const Division division(fills, count);
   const int threads = worth_threads(division.total(), control);
   const std::vector<Place> places = division.shares(threads);
 

@@ -54,9 +54,8 @@ FI_END_TARGET
 namespace {
 
 #ifdef FI_X86
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+bool has_avx2() {  // F16C is older than AVX2, and not every compiler can ask for it
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&

@@ -24,7 +24,7 @@ uint64_t draw(const Law& law, const FillDesc& d, Words& w, uint64_t begin, uint6
     memcpy(to, values, 16 * sizeof *to);
   };
   each_step<Law::kStepWords>(w, groups / kGroups, [&](const uint32_t* x) {
-    const uint32_t outside = law.template write_and_test(x, out);
+    const uint32_t outside = law.write_and_test(x, out);
     for (uint32_t g = 0; g < kGroups; ++g) *mask++ = static_cast<uint16_t>(outside >> 16 * g);
     out += Law::kItems;
   });
