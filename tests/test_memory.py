@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a fill needs besides its tensor: less than 8 MiB, whatever the law."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+LIMIT = 8 * 1024  # KiB, as ru_maxrss counts on Linux
+
+SCRIPT = """
+import resource, sys
+import torch, fastinit
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def fill(t):
+    law = sys.argv[1]
+    (fastinit.sparse_(t, 0.9) if law == "sparse_" else getattr(fastinit, law)(t))
+
+torch.set_num_threads(4)
+t = torch.ones(1 << 13, 1 << 12)
+fill(torch.ones(256, 256))  # probes
+before = peak()
+if len(sys.argv) > 2:
+    wasted = torch.ones(int(sys.argv[2]), dtype=torch.uint8)
+fill(t)
+print(peak() - before)
+"""
+
+
+def growth(*arguments: str) -> int:
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=True
+    )
+    return int(run.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@pytest.mark.parametrize("law", ["uniform_", "normal_", "trunc_normal_", "sparse_"])
+def test_extra_memory(law: str) -> None:
+    assert growth(law) < LIMIT
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_that_waste_would_be_seen() -> None:
+    assert growth("uniform_", str(16 << 20)) > LIMIT
