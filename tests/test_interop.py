@@ -13,32 +13,11 @@ import torch.nn.init as torch_init
 
 import fastinit
 
+from .calls import CALLS, box, each_call
 from .conftest import BF16, F32, Position, assert_same, attempt, bits, version
 from .layouts import LAYOUTS, apart
 
 pytestmark = pytest.mark.usefixtures("native")
-
-CALLS: list[tuple[str, tuple[Any, ...]]] = [
-    ("uniform_", (-1.0, 0.5)),
-    ("normal_", (0.0, 0.5)),
-    ("trunc_normal_", (0.0, 1.0, -2.0, 2.0)),
-    ("trunc_normal_", (0.0, 0.02)),
-    ("constant_", (0.5,)),
-    ("ones_", ()),
-    ("zeros_", ()),
-    ("eye_", ()),
-    ("xavier_uniform_", ()),
-    ("xavier_normal_", ()),
-    ("kaiming_uniform_", ()),
-    ("kaiming_normal_", ()),
-    ("orthogonal_", ()),
-    ("sparse_", (0.25,)),
-]
-each_call = pytest.mark.parametrize(("name", "args"), CALLS, ids=lambda v: str(v))
-
-
-def box(*shape: int) -> torch.Tensor:
-    return torch.full(shape, 13.0)
 
 
 class Logged(torch.Tensor):

@@ -58,7 +58,7 @@ struct Source {
 // and the sources as before.
 bool run_fills(const Target&, const FillDesc*, int64_t count, Source*, int64_t source_count,
                const Control&);
-// Runs one trunc_normal fill. *rounds: how often torch draws the whole tensor; 0 if interrupted.
+// Runs one trunc_normal fill. Returns how often torch draws the whole tensor; 0 if interrupted.
 uint64_t run_trunc(const Target&, const FillDesc&, TorchState*, const Control&);
 
 }  // namespace fastinit

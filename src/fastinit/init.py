@@ -377,10 +377,8 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
         ValueError: fewer than two dimensions.
         RuntimeError: a dtype torch.linalg.qr does not have.
     """
-    usable = _is_large(tensor) and plan.accepts(tensor)
-    if not (usable and tensor.dim() >= 2):
-        return _pass_on(_torch.orthogonal_, tensor, gain, generator)
-    return _pass_on(_orthogonal, tensor, gain, generator)
+    native = _is_large(tensor) and plan.accepts(tensor) and tensor.dim() >= 2
+    return _pass_on(_orthogonal if native else _torch.orthogonal_, tensor, gain, generator)
 
 
 def _orthogonal(tensor: Tensor, gain: float, generator: Generator | None) -> Tensor:

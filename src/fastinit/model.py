@@ -195,6 +195,12 @@ def _leaves(x: object) -> Iterator[object]:
         yield x
 
 
+def _flush_this_thread() -> None:
+    recorder = plan.this_thread.recorder
+    if isinstance(recorder, _Recorder):
+        recorder.flush()
+
+
 class _FlushingGenerator:
     """Stands for torch.default_generator inside torch.random, whose functions read and set it."""
 
@@ -202,9 +208,7 @@ class _FlushingGenerator:
         self._generator = generator
 
     def __getattr__(self, name: str) -> Any:
-        recorder = plan.this_thread.recorder
-        if isinstance(recorder, _Recorder):
-            recorder.flush()
+        _flush_this_thread()
         return getattr(self._generator, name)
 
 
@@ -218,9 +222,7 @@ _RAW = (
 def _flushing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(*args: Any, **kwargs: Any) -> Any:
-        recorder = plan.this_thread.recorder
-        if isinstance(recorder, _Recorder):
-            recorder.flush()
+        _flush_this_thread()
         return original(*args, **kwargs)
 
     return method

@@ -184,10 +184,7 @@ LAYOUTS = ("contiguous", "dense", "strided")
 
 
 def table() -> list[tuple[str, str, str, str, str]]:
-    """(function, dtype, layout, native or torch, why) for everything that could be native.
-
-    A verdict is the one the functions act by; in addition it is tried on tensors of several sizes.
-    """
+    """(function, dtype, layout, native or torch, why), from the verdicts the functions act by."""
     rows = []
     for function, op in FUNCTIONS.items():
         for dtype in plan.DTYPES:
