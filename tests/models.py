@@ -50,6 +50,8 @@ def assert_same_model(
                 fn(module, g)
             elif callable(getattr(module, "reset_parameters", None)):
                 module.reset_parameters()
+            elif callable(getattr(module, "_reset_parameters", None)):
+                module._reset_parameters()
 
         count = fastinit.backend.native_fills
         if fast:

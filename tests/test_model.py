@@ -106,13 +106,6 @@ def test_large_model() -> None:
             assert_same_model(make, fn, init_model_, native=True)
 
 
-def test_without_pads_under_default_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a plan small tensors are native too: the limit is only for single calls."""
-    monkeypatch.undo()
-    assert fastinit.plan.MIN_NATIVE > 100
-    assert_same_model(ZOO["linear"], None, init_model_, native=True)
-
-
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_contexts(context: Callable[[], Any]) -> None:
     def inside(model: nn.Module, fn: Any) -> nn.Module:

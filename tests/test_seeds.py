@@ -144,7 +144,7 @@ def test_applied_at_once() -> None:
         before = init.backend.native_fills
         _ = init.init_model_(net, init_weights) if fast else net.apply(init_weights)
         results.append((net, torch.rand(7)))
-    assert init.backend.native_fills >= before + 5
+    assert init.backend.native_fills >= before + 2  # fc1 and fc2: the others are small
     assert_equal_models(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
 

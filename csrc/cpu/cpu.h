@@ -61,4 +61,7 @@ bool run_fills(const Target&, const FillDesc*, int64_t count, Source*, int64_t s
 // Runs one trunc_normal fill. Returns how often torch draws the whole tensor; 0 if interrupted.
 uint64_t run_trunc(const Target&, const FillDesc&, TorchState*, const Control&);
 
+// Moves a generator on by so many words.
+void advance(const Target&, TorchState*, uint64_t words);
+
 }  // namespace fastinit

@@ -26,6 +26,8 @@ constexpr uint64_t kSparseTile = 64;        // columns
 constexpr double kThreadWorth = 150e3;      // ns of work that pay for starting a thread
 constexpr uint64_t kStreamBytes = 8 << 20;  // larger plans bypass the caches
 constexpr uint64_t kHugePage = 2 << 20;
+constexpr double kTouchCost = 0.17;  // ns per byte of fresh memory in huge pages
+constexpr int64_t kCursors = 16;     // of a worker; sources beyond that share them
 
 uint64_t tile_of(const FillDesc& d) { return d.op == Op::sparse_mask ? kSparseTile : kTile; }
 
@@ -115,23 +117,43 @@ class Interrupt {
   std::atomic<bool> stop_{false};
 };
 
-// Whether nobody has touched the memory yet; then asks for huge pages, which make first touch three
-// to four times cheaper. Three pages are looked at, not all.
+uint64_t bytes_of(const FillDesc& d) {
+  return d.items * static_cast<uint64_t>(element_size(d.dtype));
+}
+
+// Whether nobody has touched the memory yet. Three pages are looked at, not all.
 bool is_fresh(uint64_t address, uint64_t bytes) {
 #ifdef __linux__
   const uint64_t page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
   const uint64_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (bytes < 2 * kHugePage) return false;
+  if (begin >= end) return false;
   for (const uint64_t at : {begin, begin + (end - begin) / 2 / page * page, end - page}) {
     unsigned char resident = 1;
     if (mincore(reinterpret_cast<void*>(at), page, &resident) != 0 || (resident & 1)) return false;
   }
-  const uint64_t first = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uint64_t last = (address + bytes) / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
   return true;
 #else
   return address == 0 && bytes == 0;
+#endif
+}
+
+// Asks for huge pages where fresh memory is written in long ranges: first touch is then three to
+// four times cheaper. Tensors that an allocator placed side by side count as one range.
+void ask_for_huge_pages(std::vector<std::pair<uint64_t, uint64_t>> fresh) {
+#ifdef MADV_HUGEPAGE
+  constexpr uint64_t kGap = 8192;  // the allocator's headers, alignment, small neighbours
+  std::sort(fresh.begin(), fresh.end());
+  for (size_t i = 0; i < fresh.size();) {
+    uint64_t begin = fresh[i].first, end = fresh[i].second;
+    for (++i; i < fresh.size() && fresh[i].first <= end + kGap; ++i) {
+      end = std::max(end, fresh[i].second);
+    }
+    begin = (begin + kHugePage - 1) / kHugePage * kHugePage;
+    end = end / kHugePage * kHugePage;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#else
+  fresh.clear();
 #endif
 }
 
@@ -144,10 +166,12 @@ struct Place {  // in the concatenation of all tiles of all fills
 // starts later in a sequence gets less to do.
 class Division {
  public:
-  Division(const FillDesc* fills, int64_t count)
+  Division(const FillDesc* fills, int64_t count, const std::vector<char>& fresh)
       : fills_(fills), before_(static_cast<size_t>(count) + 1) {
     for (int64_t i = 0; i < count; ++i) {
-      before_[i + 1] = before_[i] + item_cost(fills[i]) * static_cast<double>(fills[i].items);
+      const double touch = fresh[i] ? kTouchCost * element_size(fills[i].dtype) : 0;
+      before_[i + 1] =
+          before_[i] + (item_cost(fills[i]) + touch) * static_cast<double>(fills[i].items);
     }
   }
 
@@ -203,23 +227,27 @@ class Division {
 bool run_fills(const Target& target, const FillDesc* fills, int64_t count, Source* sources,
                int64_t source_count, const Control& control) {
   uint64_t bytes = 0;
-  for (int64_t i = 0; i < count; ++i) bytes += fills[i].items * element_size(fills[i].dtype);
-  std::vector<char> stream(static_cast<size_t>(count));
+  std::vector<char> fresh(static_cast<size_t>(count));
+  std::vector<std::pair<uint64_t, uint64_t>> ranges;
   for (int64_t i = 0; i < count; ++i) {
     const FillDesc& d = fills[i];
-    const bool fresh = d.rank == 0 && is_fresh(d.address, d.items * element_size(d.dtype));
-    stream[i] = bytes >= kStreamBytes && !fresh;
+    bytes += bytes_of(d);
+    fresh[i] = d.rank == 0 && d.op != Op::sparse_mask && is_fresh(d.address, bytes_of(d));
+    if (fresh[i]) ranges.emplace_back(d.address, d.address + bytes_of(d));
   }
-  const Division division(fills, count);
+  ask_for_huge_pages(std::move(ranges));
+  const bool large = bytes >= kStreamBytes;
+  const Division division(fills, count, fresh);
   const int threads = worth_threads(division.total(), control);
   const std::vector<Place> places = division.shares(threads);
 
   Interrupt interrupt(control);
   std::vector<double> cached(static_cast<size_t>(count));
-  // A cursor for each worker and source: plans may alternate between generators.
+  // A cursor for each worker and source, as plans may alternate between generators; plans of many
+  // sources use one after the other.
   std::vector<std::vector<Cursor>> cursors(static_cast<size_t>(threads));
   for (auto& own : cursors) {
-    for (int64_t s = 0; s < source_count; ++s) own.emplace_back(target);
+    for (int64_t s = 0; s < std::min(source_count, kCursors); ++s) own.emplace_back(target);
   }
   parallel(threads, [&](int worker) {
     Words unused;
@@ -242,10 +270,10 @@ bool run_fills(const Target& target, const FillDesc* fills, int64_t count, Sourc
         if (d.source >= 0) {
           const TorchState* state = sources[d.source].state;
           const uint64_t start = position_of(*state) + d.first_word;
-          words = &cursors[worker][d.source].at(state, start + words_before(d, begin));
+          words = &cursors[worker][d.source % kCursors].at(state, start + words_before(d, begin));
           sample = state->normal_y;
         }
-        target.fill(d, *words, begin, end, stream[f], &sample);
+        target.fill(d, *words, begin, end, large && !fresh[f], &sample);
         if (end == d.items) cached[f] = sample;
       }
     }
@@ -255,7 +283,7 @@ bool run_fills(const Target& target, const FillDesc* fills, int64_t count, Sourc
   for (int64_t s = 0; s < source_count; ++s) {
     if (sources[s].words_drawn == 0) continue;
     const uint64_t position = position_of(*sources[s].state) + sources[s].words_drawn;
-    cursors[threads - 1][s].close(sources[s].state, position);
+    cursors[threads - 1][s % kCursors].close(sources[s].state, position);
   }
   for (int64_t f = 0; f < count; ++f) {
     const FillDesc& d = fills[f];
@@ -274,7 +302,9 @@ bool run_fills(const Target& target, const FillDesc* fills, int64_t count, Sourc
 uint64_t run_trunc(const Target& target, const FillDesc& d, TorchState* state,
                    const Control& control) {
   constexpr uint64_t kChunk = 8;  // tiles: 128 KB of float, 4 KB of masks
-  is_fresh(d.address, d.items * static_cast<uint64_t>(element_size(d.dtype)));
+  if (is_fresh(d.address, bytes_of(d))) {
+    ask_for_huge_pages({{d.address, d.address + bytes_of(d)}});
+  }
   const uint64_t per_item = d.dtype == Dtype::f64 ? 2 : 1, rest = d.items % 16;
   const uint64_t drawn = element_size(d.dtype) == 2 ? d.items - rest : d.items;
   const uint64_t round_words = per_item * (drawn + (rest != 0 ? 16 : 0));
@@ -304,6 +334,16 @@ uint64_t run_trunc(const Target& target, const FillDesc& d, TorchState* state,
   for (const auto& rounds : cursors) total = std::max(total, rounds.size());
   Cursor(target).close(state, start + total * round_words);
   return total;
+}
+
+void advance(const Target& target, TorchState* state, uint64_t words) {
+  if (words < static_cast<uint64_t>(state->left)) {  // within the block
+    state->next += words;
+    state->left -= static_cast<int32_t>(words);
+  } else {
+    const uint64_t position = position_of(*state) + words;
+    Cursor(target).close(state, position);
+  }
 }
 
 }  // namespace fastinit

@@ -5,6 +5,7 @@ Every public name of `torch.nn.init` is here with the same signature and gives t
 the same generator state. `Plan` and `init_model_` fill many tensors in one threaded pass.
 """
 
+from fastinit.block import fused as fused
 from fastinit.init import __all__ as __all__
 from fastinit.init import calculate_gain as calculate_gain
 from fastinit.init import constant as constant
@@ -34,6 +35,12 @@ from fastinit.init import xavier_uniform_ as xavier_uniform_
 from fastinit.init import zeros_ as zeros_
 from fastinit.model import Plan as Plan
 from fastinit.model import init_model_ as init_model_
+from fastinit.model import materialize_ as materialize_
+from fastinit.model import record as record
+from fastinit.report import Report as Report
 
-__all__ = [*__all__, "Plan", "init_model_"]  # torch's own come first
+__all__ = [  # torch's own come first
+    *__all__,
+    *("Plan", "Report", "fused", "init_model_", "materialize_", "record"),
+]
 __version__ = "0.1.0"

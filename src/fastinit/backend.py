@@ -30,3 +30,8 @@ def run_trunc(packed: bytes, state: int) -> int:
     rounds = _cpu.run_trunc(packed, state, torch.get_num_threads())
     native_fills += 1
     return rounds
+
+
+def advance(state: int, to: int, words: int) -> None:
+    """Copy a generator state between addresses and move the copy on by so many words."""
+    _cpu.advance(state, to, words)

@@ -35,6 +35,7 @@ __all__ = [  # torch's order; older torch.nn.init has no such list
 
 # torch's own functions, whatever torch.nn.init is patched with later.
 _torch = SimpleNamespace(**{name: getattr(_torch_init, name) for name in __all__})
+_torch_trunc_normal = _torch_init._no_grad_trunc_normal_
 _calculate_fan_in_and_fan_out = _torch_init._calculate_fan_in_and_fan_out
 _calculate_correct_fan = _torch_init._calculate_correct_fan
 
@@ -47,7 +48,10 @@ def _is_large(t: Any, at_least: int = 1) -> bool:
     if type(t) not in _PLAIN or torch._C._len_torch_function_stack() != 0:
         return False  # before t.numel() would be seen
     n = t.numel()
-    if n < at_least * plan.MIN_NATIVE and plan.this_thread.recorder is None:
+    recorder = plan.this_thread.recorder
+    if n < plan.MIN_NATIVE and (recorder is None or not recorder.takes_small):
+        return False
+    if n < at_least * plan.MIN_NATIVE and recorder is None:
         return False
     return n != 0 and not torch.compiler.is_compiling() and plan.modes_allow()
 
@@ -75,7 +79,7 @@ def _pass_on(function: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Ten
         generator = args[-1] if args else None  # it comes last
         with source.default_lock if generator is None else source.lock_of(generator):
             return function(tensor, *args)
-    recorder.call(functools.partial(function, tensor, *args))
+    recorder.call(functools.partial(function, tensor, *args), tensor)
     return tensor
 
 
@@ -425,6 +429,20 @@ def sparse_(
         return tensor
     with source.turn(torch.default_generator, *_given(generator)):
         return _pass_on(_torch.sparse_, tensor, sparsity, std, generator)
+
+
+def _no_grad_trunc_normal_(
+    tensor: Tensor,
+    mean: float,
+    std: float,
+    a: float,
+    b: float,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Stands for its namesake in torch.nn.init, which is looked up at each call, while hooked."""
+    if _is_large(tensor) and _run(plan.trunc_normal(tensor, mean, std, a, b, generator)):
+        return tensor
+    return _torch_trunc_normal(tensor, mean, std, a, b, generator)
 
 
 def _given(generator: Generator | None) -> tuple[Generator, ...]:

@@ -3,23 +3,15 @@
 
 from __future__ import annotations
 
-import functools
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import ModuleType
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
-import torch.utils.dlpack
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastinit import init, plan, source
-
-_storage = Tensor.untyped_storage  # as it is now: recorders replace it
-_FUNCTIONS = tuple(name for name in init.__all__ if name.endswith("_"))
+from fastinit import block, hooks, init, plan, probe
+from fastinit.capture import FILLS, PLAIN, Capture, Mode, is_harmless, leaves
 
 
 class Plan:
@@ -43,6 +35,7 @@ class Plan:
     """
 
     modes = 0
+    takes_small = True
 
     def __init__(self) -> None:
         self._steps: list[list[plan.Fill] | Callable[[], object]] = []  # one for each call
@@ -52,7 +45,7 @@ class Plan:
             fill.extent = plan.extent(fill)
         self._steps.append(fills)
 
-    def call(self, function: Callable[[], object]) -> None:
+    def call(self, function: Callable[[], object], tensor: Tensor) -> None:
         self._steps.append(function)
 
     def __len__(self) -> int:
@@ -66,8 +59,8 @@ class Plan:
         """
         before = plan.set_recorder(None)
         try:
-            if isinstance(before, _Recorder):
-                before.flush()
+            if isinstance(before, Capture):
+                before.settle("Plan.run")
             elif not plan.modes_allow():
                 raise RuntimeError("a Plan cannot run under a mode, transform or tracer of torch")
             fills: list[plan.Fill] = []
@@ -76,6 +69,8 @@ class Plan:
                     plan.run(fills)
                     fills = []
                     step()
+                    if isinstance(before, Capture):
+                        before.settle("Plan.run")
                 elif any(plan.extent(fill) != fill.extent for fill in step):
                     raise RuntimeError(
                         "a tensor of the plan has other memory or another shape than when it was "
@@ -88,7 +83,7 @@ class Plan:
             plan.set_recorder(before)
 
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
-        if name not in _FUNCTIONS:
+        if name not in hooks.FUNCTIONS:
             raise AttributeError(f"'Plan' object has no attribute {name!r}")
         function = getattr(init, name)
 
@@ -102,235 +97,259 @@ class Plan:
         return record
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records fills while arbitrary code runs, and writes them before that code could tell.
-
-    Operators that touch a tensor with a pending fill, draw random numbers or are of an unknown kind
-    have everything written first; so do the known ways to read memory or generators without an
-    operator.
-    """
-
-    modes = 1
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._fills: list[plan.Fill] = []
-        self._storages: set[int] = set()  # of the first _known fills
-        self._known = 0
-        self._starts: dict[torch.Generator, bytes] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True makes the first operator import torch._dynamo, which takes a second
-
-    def add(self, fills: list[plan.Fill]) -> None:
-        for fill in fills:
-            generator = fill.generator
-            if generator not in (None, torch.default_generator):
-                # Its owner may read its state at any time, which nobody would see.
-                self.flush()
-                plan.run([fill])
-                continue
-            if generator is not None:
-                now = source.current(generator)
-                if self._starts.get(generator, now) != now:  # somebody has set it meanwhile
-                    self.flush()
-                self._starts[generator] = now
-            # What is to be written is this memory, whatever becomes of the tensor object.
-            torch.autograd.graph.increment_version([fill.tensor] * fill.bumps)
-            fill.counter, fill.bumps = fill.tensor, 0
-            with torch._C._DisableTorchDispatch():  # `data` would come to this mode as an operator
-                fill.tensor = fill.tensor.data
-            self._fills.append(fill)
-
-    def call(self, function: Callable[[], object]) -> None:
-        self.flush()
-        before = plan.set_recorder(None)
-        try:
-            function()
-        finally:
-            plan.set_recorder(before)
-
-    def flush(self) -> None:
-        fills, self._fills = self._fills, []
-        starts, self._starts = self._starts, {}
-        self._storages.clear()
-        self._known = 0
-        if fills:
-            plan.run(fills, starts)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._fills and not _is_view(func):
-            random = torch.Tag.nondeterministic_seeded in func.tags
-            if random or any(self._is_pending(x) for x in _leaves((args, kwargs))):
-                self.flush()
-        return func(*args, **kwargs)
-
-    def _is_pending(self, x: object) -> bool:
-        if not isinstance(x, Tensor):
-            return False
-        if type(x) not in (Tensor, nn.Parameter) or x.layout is not torch.strided:
-            return True
-        new, self._known = self._fills[self._known :], len(self._fills)
-        self._storages.update(_storage(f.tensor)._cdata for f in new)
-        return _storage(x)._cdata in self._storages
+_Fn = Callable[[nn.Module], object]
 
 
-def _is_view(func: Any) -> bool:
-    """Aliases its inputs without reading or writing their memory."""
-    return func.is_view and not func._schema.is_mutable
-
-
-def _leaves(x: object) -> Iterator[object]:
-    if isinstance(x, (list, tuple)):
-        for y in x:
-            yield from _leaves(y)
-    elif isinstance(x, dict):
-        for y in x.values():
-            yield from _leaves(y)
-    else:
-        yield x
-
-
-def _flush_this_thread() -> None:
-    recorder = plan.this_thread.recorder
-    if isinstance(recorder, _Recorder):
-        recorder.flush()
-
-
-class _FlushingGenerator:
-    """Stands for torch.default_generator inside torch.random, whose functions read and set it."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator = generator
-
-    def __getattr__(self, name: str) -> Any:
-        _flush_this_thread()
-        return getattr(self._generator, name)
-
-
-# Ways to a tensor's memory that no operator announces.
-_RAW = (
-    *("__array__", "__dlpack__", "__reduce_ex__", "data_ptr", "numpy", "storage", "tolist"),
-    *("untyped_storage", "share_memory_", "apply_", "map_", "map2_"),
-)
-
-
-def _flushing(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        _flush_this_thread()
-        return original(*args, **kwargs)
-
-    return method
-
-
-def _find_importers() -> list[tuple[ModuleType, str]]:
-    return [
-        (module, name)
-        for path, module in list(sys.modules.items())
-        if path == "torch.nn.init" or path.startswith("torch.nn.modules.")
-        for name in _FUNCTIONS
-        if module.__dict__.get(name) is getattr(init._torch, name)
-    ]
-
-
-_patch_lock = threading.RLock()
-_patch_users = 0
-_patch_undo: list[tuple[Any, str, Any]] = []
-_NOT_THERE = object()
-
-
-def _patch(owner: Any, name: str, value: object) -> None:
-    _patch_undo.append((owner, name, vars(owner).get(name, _NOT_THERE)))
-    setattr(owner, name, value)
-
-
-_importers = _find_importers()  # where torch itself has the functions, before others patch them
-
-
-@contextmanager
-def _patched() -> Iterator[None]:
-    """torch.nn.init and what it is bound to elsewhere, and ways to see memory and generators.
-
-    Shared by all threads that record; a thread that does not is not affected.
-    """
-    global _patch_users
-    with _patch_lock:
-        _patch_users += 1
-        if _patch_users == 1:
-            for module, name in _importers:
-                if vars(module).get(name) is getattr(init._torch, name):
-                    _patch(module, name, getattr(init, name))
-            generator = vars(torch.random)["default_generator"]
-            _patch(torch.random, "default_generator", _FlushingGenerator(generator))
-            for name in _RAW:
-                _patch(Tensor, name, _flushing(getattr(Tensor, name)))
-            dlpack = vars(torch.utils.dlpack)["to_dlpack"]
-            _patch(torch.utils.dlpack, "to_dlpack", _flushing(dlpack))
-            _patch(threading.Thread, "start", _flushing(threading.Thread.start))
-    try:
-        yield
-    finally:
-        with _patch_lock:
-            _patch_users -= 1
-            while _patch_users == 0 and _patch_undo:
-                owner, name, value = _patch_undo.pop()
-                if value is _NOT_THERE:
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, value)
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    recorder = _Recorder()
-    before = plan.set_recorder(recorder)
-    try:
-        with _patched(), recorder:
-            try:
-                yield
-            finally:
-                recorder.flush()
-    finally:
-        plan.set_recorder(before)
-
-
-def init_model_(model: nn.Module, fn: Callable[[nn.Module], object] | None = None) -> nn.Module:
+def init_model_(model: nn.Module, fn: _Fn | None = None) -> nn.Module:
     """Initialise all of a model's parameters in one pass; same numbers as one by one.
 
     Args:
         model: any module
         fn: called with every submodule, children first and the model last, as by `model.apply`;
-            by default each module that has `reset_parameters` is asked to reset its own
+            by default each module that has `reset_parameters` (or, as some of torch's own,
+            `_reset_parameters`) is asked to reset its own
 
     Returns:
         `model`.
 
-    What `fn` asks of torch.nn.init or fastinit is recorded and run as one plan; everything else it
-    does to tensors is done when asked, with the fills before it written if it could see them. If it
-    raises, what was asked for so far is written. Fills with a generator of the user's own run at
-    once. Inside `fn`, reading `torch.default_generator` through its own methods is not seen;
-    `torch.get_rng_state`, `fork_rng` and the like are.
+    The same as `with fastinit.fused(): model.apply(fn)`, except that fills of the model's tensors
+    may wait although they are older than the block: memory that somebody knows from before (a numpy
+    array over a parameter, another thread) must not be read while this runs.
     """
-    apply = functools.partial(model.apply, cast("Callable[[nn.Module], None]", fn or _reset))
-    outer = plan.this_thread.recorder
-    if isinstance(outer, _Recorder):  # inside the fn of another init_model_
-        apply()
-    elif outer is not None:
+    if _is_recording_a_plan():
         raise RuntimeError("init_model_ cannot be part of a Plan that is being recorded")
-    elif plan.modes_allow():
-        with _recording():
-            apply()
-    else:  # a mode that has to see torch's operators
-        apply()
+    with block.adopting((*model.parameters(), *model.buffers())):
+        _apply(model, fn)
     return model
 
 
+def record(model: nn.Module, fn: _Fn | None = None) -> Plan:
+    """What `init_model_(model, fn)` would do, as a Plan that does it again and again.
+
+    Args:
+        model: any module; its tensors must keep their memory while the plan is used
+        fn: as for `init_model_`
+
+    Returns:
+        A Plan. Nothing is written and nothing drawn before its `run()`, which draws on from where
+        the generators are then.
+
+    Raises:
+        RuntimeError: `fn` reads what it initialises, so that what it does cannot be known before.
+    """
+    if _is_recording_a_plan() or not plan.modes_allow():
+        raise RuntimeError("record cannot be used inside another Plan, fused block or mode")
+    made = Plan()
+    walk = _Walk(made, (*model.parameters(), *model.buffers()))
+    before = plan.set_recorder(walk)
+    try:
+        with hooks.hooked(), walk:
+            _apply(model, fn)
+    finally:
+        plan.set_recorder(before)
+    return made
+
+
+def materialize_(
+    model: nn.Module,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
+    fn: _Fn | None = None,
+) -> nn.Module:
+    """Give a model's meta tensors memory, and initialise it in one pass.
+
+    Args:
+        model: any module; parameters and buffers that are not on the meta device stay as they are
+        device: where the memory is taken (default: torch's default device)
+        dtype: of the floating-point tensors (default: as they are)
+        fn: as for `init_model_`
+
+    Returns:
+        `model`. Tied tensors stay tied; parameters are new objects, as after `to_empty`.
+
+    Warns:
+        UserWarning: `fn` did not write all of a tensor, for example a buffer that only a
+            constructor computes. Such tensors are left on the meta device and named.
+    """
+    if _is_recording_a_plan():
+        raise RuntimeError("materialize_ cannot be part of a Plan that is being recorded")
+    with block.fused():
+        slots = [slot for m in model.modules() for slot in _meta_slots(m)]
+        memory: dict[tuple[object, ...], Tensor] = {}
+        new: dict[int, Tensor] = {}  # tied tensors are one object
+        for owner, name, old in slots:
+            if id(old) not in new:
+                new[id(old)] = _materialized(old, device, dtype, memory)
+            owner[name] = new[id(old)]
+        watch = _Watch(new.values())
+        with watch:
+            _apply(model, fn)
+        names = {id(m): path for path, m in model.named_modules()}
+        missing = []
+        for m in model.modules():
+            for owner, name, old in (s for s in slots if s[0] in (m._parameters, m._buffers)):
+                if owner.get(name) is new[id(old)] and not watch.is_written(new[id(old)]):
+                    owner[name] = old
+                    missing.append(f"{names[id(m)]}.{name}".lstrip("."))
+    if missing:
+        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" * (len(missing) > 10))
+        warnings.warn(
+            f"{len(missing)} tensors were not initialised completely and stay on the meta device: "
+            f"{shown}. Pass a `fn` that initialises them, or set them yourself.",
+            stacklevel=2,
+        )
+    return model
+
+
+def _is_recording_a_plan() -> bool:
+    return not isinstance(plan.this_thread.recorder, Capture | None)
+
+
+def _apply(model: nn.Module, fn: _Fn | None) -> None:
+    model.apply(cast("Callable[[nn.Module], None]", fn or _reset))
+
+
 def _reset(module: nn.Module) -> None:
-    reset = getattr(module, "reset_parameters", None)
-    if callable(reset):
-        reset()
+    for name in ("reset_parameters", "_reset_parameters"):
+        reset = getattr(module, name, None)
+        if callable(reset):
+            reset()
+            break
+
+
+# ---- record --------------------------------------------------------------------------------------
+
+
+class _Walk(Mode):
+    """Puts what is done to some tensors into a Plan instead of doing it."""
+
+    modes = 1
+    takes_small = True
+
+    def __init__(self, into: Plan, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._plan = into
+        self._storages = {plan.storage_id(t) for t in tensors if type(t) in PLAIN}
+
+    def add(self, fills: list[plan.Fill]) -> None:
+        self._storages.update(plan.storage_id(f.tensor) for f in fills)
+        self._plan.add(fills)
+
+    def call(self, function: Callable[[], object], tensor: Tensor) -> None:
+        self._storages.add(plan.storage_id(tensor))
+        self._plan.call(function, tensor)
+
+    def read(self, t: Tensor) -> None:
+        if type(t) in PLAIN and plan.storage_id(t) in self._storages:
+            raise RuntimeError("record: the function reads a tensor that it initialises")
+
+    expose = read
+
+    def before(self, other: object) -> None:
+        pass
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor) and type(x) in PLAIN]
+        build = FILLS.get(func)
+        if build is not None and tensors:
+            fill = probe.proved(build(args[0], args, kwargs, False))
+            if fill is not None:
+                self.add([fill])
+                return args[0]
+        known = any(
+            t.layout is torch.strided and plan.storage_id(t) in self._storages for t in tensors
+        )
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        if is_harmless(func) or not (known or random):
+            return func(*args, **kwargs)
+        if torch.Tag.inplace not in func.tags:
+            raise RuntimeError(
+                f"record: {func} reads what the function initialises, or draws from a generator; "
+                "what it does to the model cannot be known before it is done"
+            )
+
+        def again() -> None:
+            with torch.no_grad():
+                func(*args, **kwargs)
+
+        self.call(again, tensors[0])
+        return args[0] if func._schema.returns else None
+
+
+# ---- materialize_ --------------------------------------------------------------------------------
+
+# In-place operators whose result does not depend on what was there.
+_OVERWRITING = frozenset(
+    f"aten::{name}_"
+    for name in (
+        *("uniform", "normal", "fill", "zero", "copy", "random", "bernoulli", "exponential"),
+        *("log_normal", "cauchy", "geometric"),
+    )
+)
+
+
+def _meta_slots(m: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    for owner in (m._parameters, m._buffers):
+        for name, t in owner.items():
+            if t is not None and t.is_meta:
+                yield owner, name, t
+
+
+def _materialized(
+    old: Tensor,
+    device: torch.device | str | int | None,
+    dtype: torch.dtype | None,
+    memory: dict[tuple[object, ...], Tensor],
+) -> Tensor:
+    """A tensor like `old` with memory, which it shares if `old` shared its own."""
+    key = (plan.storage_id(old), old.storage_offset(), old.shape, old.stride(), old.dtype)
+    if key not in memory:
+        kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
+        where = torch.get_default_device() if device is None else device
+        memory[key] = torch.empty_strided(old.shape, old.stride(), dtype=kind, device=where)
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(memory[key], old.requires_grad)
+    return memory[key].requires_grad_(old.requires_grad)
+
+
+class _Watch(Mode):
+    """Sees which elements of some tensors are written at all."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._missing = {plan.storage_id(t) for t in tensors if t.numel() != 0}
+        self._partly: dict[int, Tensor] = {}  # storage -> for each element whether it is written
+
+    def is_written(self, t: Tensor) -> bool:
+        key = plan.storage_id(t)
+        if key in self._partly and bool(self._partly[key].all()):
+            return True
+        return key not in self._missing
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            out = [kwargs[x.name] for x in func._schema.arguments if x.is_out and x.name in kwargs]
+            if func._schema.name in _OVERWRITING:
+                out.append(args[0])
+            for t in out:
+                if type(t) in PLAIN and t.layout is torch.strided:
+                    self._note(t)
+        return result
+
+    def _note(self, t: Tensor) -> None:
+        key = plan.storage_id(t)
+        if key not in self._missing:
+            return
+        items = plan.storage_of(t).nbytes() // t.element_size()
+        if t.numel() == items:
+            self._missing.remove(key)
+        else:
+            written = self._partly.setdefault(key, torch.zeros(items, dtype=torch.bool))
+            written.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(True)

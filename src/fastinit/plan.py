@@ -12,9 +12,8 @@ import math
 import struct
 import threading
 from bisect import bisect_left, insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -33,11 +32,20 @@ OPS = ("constant", "diagonal", "uniform", "normal", "normal_pairs", "trunc_norma
 _OP_CODE = {op: code for code, op in enumerate(OPS)}
 _PACK = struct.Struct("<QQddddQiBBBB8q")  # FillDesc of csrc/plan.h
 _DENSE = (0,) * 8
-_address = Tensor.data_ptr  # as it is now: recorders replace it
-_FAR = 9.0  # no normal lies farther from its mean, in standard deviations (53 bits: 8.57)
+NO_TENSOR = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in DTYPES}
+_address = Tensor.data_ptr  # as it is now: hooks.py replaces it
+storage_of: Callable[[Tensor], torch.UntypedStorage] = Tensor.untyped_storage  # likewise
 
 
-@dataclass(slots=True)
+def _slow_storage_id(t: Tensor) -> int:
+    return int(storage_of(t)._cdata)
+
+
+# What tensors over the same memory have in common while it lives.
+storage_id: Callable[[Tensor], int] = getattr(torch._C, "_storage_id", _slow_storage_id)
+
+
+@dataclass(slots=True, eq=False)
 class Fill:
     """What is to be written into one tensor. Mutable only until it is proved."""
 
@@ -56,7 +64,9 @@ class Fill:
     rests_on: str = ""  # an operator that has to be proved as well
     bumps: int = 1  # of the tensor's version counter
     counter: Tensor | None = None  # whose version counter, if not the tensor's own
-    extent: tuple[int, int] = (0, 0)  # when it was recorded, for plans that are kept
+    extent: tuple[int, int] = (0, 0)  # of its bytes when it was recorded: in memory or in a storage
+    state: Tensor | None = None  # of the generator, if its words were drawn ahead
+    caller: tuple[str, tuple[tuple[str, object], ...]] | None = None  # for reports: name, arguments
 
 
 # ---- what the kernels can take -------------------------------------------------------------------
@@ -66,9 +76,10 @@ class Recorder(Protocol):
     """Takes what would otherwise be run at once."""
 
     modes: int  # how many dispatch modes it has put on torch's stack
+    takes_small: bool  # also fills of fewer than MIN_NATIVE elements
 
     def add(self, fills: list[Fill]) -> None: ...
-    def call(self, function: Callable[[], object]) -> None: ...
+    def call(self, function: Callable[[], object], tensor: Tensor) -> None: ...
 
 
 class _Local(threading.local):
@@ -104,7 +115,6 @@ def accepts(t: Tensor) -> bool:
         and t.device.type == "cpu"
         and t.layout is torch.strided
         and not (t.is_nested or t.is_neg() or t.is_inference() or t._is_zerotensor())
-        and not (t.requires_grad and not t.is_leaf)
         and not torch._is_functional_tensor(t)
         and _address(t) != 0  # of a storage that was given back
     )
@@ -146,8 +156,10 @@ def _number(value: object, dtype: torch.dtype) -> float | None:
     return float(value) if abs(value) <= _LARGEST.get(dtype, _LARGEST_OTHER) else None  # not NaN
 
 
-def _describe(t: Tensor, op: str, a: object, b: object, generator: object) -> Fill | None:
-    if not accepts(t) or not source.is_supported(generator):
+def _describe(
+    t: Tensor, op: str, a: object, b: object, generator: object, accepted: bool
+) -> Fill | None:
+    if not (accepted or accepts(t)) or not source.is_supported(generator):
         return None
     x, y = _number(a, t.dtype), _number(b, t.dtype)
     layout = layout_of(t)
@@ -156,15 +168,22 @@ def _describe(t: Tensor, op: str, a: object, b: object, generator: object) -> Fi
     return Fill(t, op, x, y, source.resolve(generator), *layout, t.numel())  # type: ignore[arg-type]
 
 
-def uniform(t: Tensor, a: object, b: object, generator: object) -> Fill | None:
-    fill = _describe(t, "uniform", a, b, generator)
+# `accepted`: the caller knows that `accepts(t)`.
+
+
+def uniform(
+    t: Tensor, a: object, b: object, generator: object, accepted: bool = False
+) -> Fill | None:
+    fill = _describe(t, "uniform", a, b, generator, accepted)
     if fill is None or fill.a > fill.b or 0 < fill.b - fill.a < _SMALLEST_RANGE:
         return None
     return fill
 
 
-def normal(t: Tensor, mean: object, std: object, generator: object) -> Fill | None:
-    fill = _describe(t, "normal", mean, std, generator)
+def normal(
+    t: Tensor, mean: object, std: object, generator: object, accepted: bool = False
+) -> Fill | None:
+    fill = _describe(t, "normal", mean, std, generator, accepted)
     if fill is None or fill.b < 0:
         return None
     if fill.items >= 16 and fill.layout == "contiguous":
@@ -189,18 +208,26 @@ def trunc_normal(
     warns = fill.a < low - 2 * fill.b or fill.a > high + 2 * fill.b
     if warns or not p_above - p_below > 0.3:
         return None
+    fill.rests_on = "trunc_normal"
+    if low < fill.a - _reach(fill) and high > fill.a + _reach(fill):
+        return fill  # no draw is rejected; that draws would be is what the other kind shows
     if fill.op == "normal":
         fill.op = "trunc_normal"
         fill.lo, fill.hi = (t.new_tensor(x, device="cpu").item() for x in (low, high))
-    elif below > -_FAR or above < _FAR:
-        return None
-    else:  # no draw can be rejected; that draws would be is what the other kind shows
-        fill.rests_on = "trunc_normal"
-    return fill
+        return fill
+    return None
 
 
-def constant(t: Tensor, value: object) -> Fill | None:
-    fill = _describe(t, "constant", value, 0, None)
+def _reach(fill: Fill) -> float:
+    """How far from the mean a draw can be: sqrt(-2 log u) with the smallest u > 0, and rounding."""
+    float_words = fill.op == "normal" and fill.tensor.dtype is not torch.float64
+    bits = 24 if float_words else 53
+    reach = fill.b * math.sqrt(2 * bits * math.log(2)) * 1.001
+    return reach + 2 * torch.finfo(fill.tensor.dtype).eps * (abs(fill.a) + reach)
+
+
+def constant(t: Tensor, value: object, accepted: bool = False) -> Fill | None:
+    fill = _describe(t, "constant", value, 0, None, accepted)
     if fill is not None:
         fill.generator = None
     return fill
@@ -262,10 +289,18 @@ def extent(fill: Fill) -> tuple[int, int]:
     """First byte and the one behind the last."""
     t = fill.tensor
     begin = _address(t)
-    if fill.layout != "strided":
-        return begin, begin + t.numel() * t.element_size()
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
-    return begin, begin + (last + 1) * t.element_size()
+    items = span(t) if fill.layout == "strided" else t.numel()
+    return begin, begin + items * t.element_size()
+
+
+def span(t: Tensor) -> int:
+    """From its first element in memory to its last, in elements. It has some."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+
+
+def is_dense(fill: Fill) -> bool:
+    """Whether it writes every byte of its extent."""
+    return fill.rank == 0 and fill.op != "sparse_mask"
 
 
 def _pack(fill: Fill, address: int, word: int, src: int, cached: bool) -> bytes:
@@ -329,8 +364,7 @@ class _Stage:
             begin, end, position, droppable = self._extents[i]
             if end <= first or last <= begin:
                 continue
-            everywhere = fill.rank == 0 and fill.op != "sparse_mask"
-            if not (droppable and everywhere and first <= begin and end <= last):
+            if not (droppable and is_dense(fill) and first <= begin and end <= last):
                 return self.flush()
             self._packed[position] = None
             del self._extents[i]
@@ -343,10 +377,8 @@ class _Stage:
         self._begin()
 
 
-def run(
-    fills: Sequence[Fill], starts: Mapping[torch.Generator, bytes] = MappingProxyType({})
-) -> None:
-    """Do the fills as if torch had done them one by one. `starts`: see source.State."""
+def run(fills: Sequence[Fill]) -> None:
+    """Do the fills as if torch had done them one by one."""
     generators = list({f.generator: None for f in fills if f.generator is not None})
     index = {g: i for i, g in enumerate(generators)}
     bumps: list[int] = []
@@ -359,8 +391,19 @@ def run(
         stage.flush()
 
     try:
-        source.draw(generators, work, starts)
+        source.draw(generators, work)
     finally:
         counters = [f.tensor if f.counter is None else f.counter for f in fills]
         written = [t for t, times in zip(counters, bumps) for _ in range(times)]
         torch.autograd.graph.increment_version(written)
+
+
+def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
+    """Do fills whose words were drawn ahead, in one native call. None may overlap another."""
+    states = [_address(fill.state) for fill, _ in fills if fill.state is not None]
+    packed, src = [], -1
+    for fill, storage in fills:
+        address = storage.data_ptr() + fill.extent[0]
+        src += fill.state is not None
+        packed.append(_pack(fill, address, 0, -1 if fill.state is None else src, False))
+    backend.run(b"".join(packed), states, [0] * len(states))

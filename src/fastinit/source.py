@@ -9,15 +9,18 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
 
+from fastinit import backend
+
 STATE_SIZE = 5056  # bytes of get_state(); csrc/plan.h has the layout
 _NORMAL_IS_VALID = 5040  # offset of the flag of the cached normal
 _ATTEMPTS = 8
+_QUICK = 1 << 17  # words that are passed over in ten microseconds
 _address = torch.Tensor.data_ptr  # as it is now: recorders replace it
 
 _locks: WeakKeyDictionary[torch.Generator, threading.RLock] = WeakKeyDictionary()
@@ -34,21 +37,14 @@ os.register_at_fork(after_in_child=_forget_locks)
 
 
 class State:
-    """A copy of a generator's state that kernels may advance.
+    """A copy of a generator's state that kernels may advance."""
 
-    `start`: where the words begin, if known. A generator that is elsewhere by now was set by
-    somebody after those words were asked for; it is then left alone.
-    """
-
-    def __init__(self, generator: torch.Generator, start: bytes | None = None) -> None:
+    def __init__(self, generator: torch.Generator) -> None:
         self._tensor = generator.get_state()
         if self._tensor.numel() != STATE_SIZE:
             raise NotImplementedError(f"a generator state of {self._tensor.numel()} bytes")
         self.address = _address(self._tensor)
         self._before = ctypes.string_at(self.address, STATE_SIZE)
-        self._was_set = start is not None and start != self._before
-        if start is not None:
-            ctypes.memmove(self.address, start, STATE_SIZE)
 
     @property
     def has_cached_normal(self) -> bool:
@@ -58,8 +54,7 @@ class State:
         return current(generator) == self._before
 
     def put_back(self, generator: torch.Generator) -> None:
-        if not self._was_set:
-            generator.set_state(self._tensor)
+        generator.set_state(self._tensor)
 
 
 def current(generator: torch.Generator) -> bytes:
@@ -95,10 +90,29 @@ def turn(*generators: torch.Generator) -> Iterator[None]:
         yield
 
 
+def draw_ahead(generator: torch.Generator, words: int, scratch: torch.Tensor) -> torch.Tensor:
+    """Move a generator on as if so many words had been drawn; its state before.
+
+    `scratch`: STATE_SIZE bytes of the calling thread's own.
+    """
+    with lock_of(generator):
+        for _ in range(_ATTEMPTS):
+            before = generator.get_state()
+            if before.numel() != STATE_SIZE:
+                raise NotImplementedError(f"a generator state of {before.numel()} bytes")
+            backend.advance(_address(before), _address(scratch), words)
+            # As in `draw`: has one of torch's operators drawn meanwhile in another thread?
+            if words < _QUICK or current(generator) == ctypes.string_at(
+                _address(before), STATE_SIZE
+            ):
+                break
+        generator.set_state(scratch)
+    return before
+
+
 def draw(
     generators: Sequence[torch.Generator],
     work: Callable[[list[State]], None],
-    starts: Mapping[torch.Generator, bytes],
 ) -> None:
     """Call `work` with the generators' states, then give the generators the states it left.
 
@@ -107,7 +121,7 @@ def draw(
     """
     with turn(*generators):
         for _ in range(_ATTEMPTS):
-            states = [State(g, starts.get(g)) for g in generators]
+            states = [State(g) for g in generators]
             work(states)
             if all(s.is_current(g) for s, g in zip(states, generators)):
                 break

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a fused() block recorded, wrote and left out; who asked for it and who could not wait."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import sys
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastinit import plan
+from fastinit.plan import Fill
+
+_HERE = os.path.dirname(__file__) + os.sep
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_FUNCTIONS_OF = frozenset((nn.init.__file__, os.path.join(_HERE, "init.py")))
+_SHOWN = ("a", "b", "mean", "std", "val", "gain", "mode", "nonlinearity", "sparsity", "groups")
+_MOST_LINES = 1000  # kept in `early`
+
+
+class Early(NamedTuple):
+    """Fills that had to be written before the end of the block."""
+
+    operator: str  # what read or partly overwrote them
+    line: str  # of the code that made it do so, file:number
+    elements: int
+
+
+class Row(NamedTuple):
+    """One tensor and the calls, in their order, that wrote what is in it."""
+
+    name: str  # of the parameter or buffer; "" if no module holds it any more
+    shape: tuple[int, ...]  # without a module: the number of elements
+    dtype: torch.dtype
+    written_by: tuple[str, ...]
+
+
+class _Memory(Protocol):
+    @property
+    def key(self) -> int: ...
+    @property
+    def weak(self) -> Any: ...
+    @property
+    def written(self) -> list[Fill]: ...
+
+
+@dataclass
+class Report:
+    """What happened in a block, counted in elements. `print` it for a table."""
+
+    recorded_elements: int = 0  # of fills that could wait, copies of them included
+    written_elements: int = 0  # of those, what was written
+    dropped_elements: int = 0  # and what was overwritten or freed before anybody read it
+    at_once_elements: int = 0  # of large fills that could not wait, done natively when asked for
+    bytes: int = 0  # written by fills that waited
+    seconds: float = 0.0  # spent on writing them
+    early: list[Early] = field(default_factory=list)
+    reason: str = ""  # why nothing was captured, if so
+    progress: bool = False  # show a bar while writing what waited until the end
+    _memories: list[_Memory] = field(default_factory=list, repr=False)
+    _modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict, repr=False)
+
+    # ---- what capture.py tells -----------------------------------------------------------------
+
+    def record(self, fill: Fill) -> None:
+        self.recorded_elements += fill.items
+
+    def drop(self, fills: Iterable[Fill]) -> None:
+        self.dropped_elements += sum(f.items for f in fills)
+
+    def at_once(self, fill: Fill) -> None:
+        self.at_once_elements += fill.items
+
+    def close(self, memories: Iterable[_Memory]) -> None:
+        self._memories += [m for m in memories if m.written]
+
+    @contextmanager
+    def writing(self, fills: list[Fill], reader: object) -> Iterator[Callable[[int], object]]:
+        """Around the writing of fills; what it gives is told how many elements are done."""
+        elements = sum(f.items for f in fills)
+        if reader is not None and elements and len(self.early) < _MOST_LINES:
+            self.early.append(Early(str(reader), _line(), elements))
+        bar = _bar(elements) if self.progress and reader is None else None
+        start = time.perf_counter()
+        try:
+            yield (lambda n: None) if bar is None else bar.update
+        finally:
+            self.seconds += time.perf_counter() - start
+            self.written_elements += elements
+            self.bytes += sum(f.items * f.tensor.element_size() for f in fills)
+            if bar is not None:
+                bar.close()
+
+    # ---- names ---------------------------------------------------------------------------------
+
+    def hold(self, module: nn.Module, name: str, value: object) -> None:
+        """A module got a parameter, a buffer or a child."""
+        known = self._modules.get(id(module))
+        if known is None or known() is not module:
+            self._modules[id(module)] = weakref.ref(module)
+
+    def _names(self) -> dict[int, tuple[str, Tensor]]:
+        """Storage -> name and tensor, from the outermost modules that are still there."""
+        modules = [m for m in (ref() for ref in self._modules.values()) if m is not None]
+        inner = {id(child) for m in modules for child in m.children()}
+        names: dict[int, tuple[str, Tensor]] = {}
+        for m in modules:
+            if id(m) not in inner:
+                for name, t in (*m.named_parameters(), *m.named_buffers()):
+                    if t.layout is torch.strided and type(t.data) is Tensor:
+                        names.setdefault(plan.storage_id(t), (name, t))
+        return names
+
+    def rows(self) -> list[Row]:
+        """Every tensor that was filled while it could wait, and still exists."""
+        names = self._names()
+        rows = []
+        for m in self._memories:
+            if m.weak.expired():
+                continue
+            name, t = names.get(m.key, ("", None))
+            fill = m.written[-1]
+            shape = tuple(t.shape) if t is not None else (fill.items,)
+            calls = tuple(_call(f, shape) for f in m.written)
+            rows.append(Row(name, shape, fill.tensor.dtype, calls))
+        order = {name: i for i, (name, _) in enumerate(names.values())}
+        return sorted(rows, key=lambda row: order.get(row.name, len(order)))
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"Nothing was captured: {self.reason}."
+        width = max(60, shutil.get_terminal_size((100, 24)).columns)
+        lines = [
+            f"{_count(self.recorded_elements)} elements recorded: "
+            f"{_count(self.written_elements)} written ({self.bytes / 2**20:,.0f} MiB in "
+            f"{self.seconds * 1e3:,.1f} ms), {_count(self.dropped_elements)} left out because "
+            "they were overwritten or freed unread.",
+        ]
+        if self.at_once_elements:
+            lines.append(f"{_count(self.at_once_elements)} more filled natively when asked for.")
+        groups = Counter(row._replace(name=re.sub(r"\d+", "*", row.name)) for row in self.rows())
+        table = [
+            (f"{n} x " if n > 1 else "", row.name or "(unnamed)", "x".join(map(str, row.shape)),
+             str(row.dtype)[6:], ", ".join(row.written_by))
+            for row, n in groups.items()
+        ]  # fmt: skip
+        lines += _columns([("", "tensor", "shape", "dtype", "written by"), *table], width)
+        early: Counter[tuple[str, str]] = Counter()
+        for e in self.early:
+            early[e.operator, e.line] += e.elements
+        if early:
+            lines.append("Written before the end, because something read or changed it:")
+            for (operator, line), elements in early.most_common(10):
+                lines.append(f"  {_count(elements):>8}  {operator} at {line}"[:width])
+        return "\n".join(lines)
+
+
+def _count(n: int) -> str:
+    return f"{n:,}" if n < 10_000_000 else f"{n / 1e6:,.1f} M"
+
+
+def _columns(rows: list[tuple[str, ...]], width: int) -> list[str]:
+    if len(rows) == 1:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    most = max(12, width - sum(widths[2:4]) - widths[0] - 8 - min(widths[4], width // 3))
+    widths[1] = min(widths[1], most)
+    return [
+        "  ".join(
+            ("..." + cell[3 - w :] if len(cell) > w else cell).ljust(w)
+            for cell, w in zip(row, widths[:4])
+        )[: width - 12]
+        .__add__("  " + row[4])[:width]
+        .rstrip()
+        for row in rows
+    ]
+
+
+# ---- who asked ---------------------------------------------------------------------------------
+
+
+def caller() -> tuple[str, tuple[tuple[str, Any], ...]] | None:
+    """The outermost function of torch.nn.init on the stack and its plain arguments."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_HERE):
+        if frame.f_code.co_filename in _FUNCTIONS_OF:
+            break
+        frame = frame.f_back
+    found = None
+    while frame is not None and frame.f_code.co_filename in _FUNCTIONS_OF:
+        if frame.f_code.co_name[0] != "_":
+            found = frame
+        frame = frame.f_back
+    if found is None:
+        return None
+    code, values = found.f_code, found.f_locals
+    names = [n for n in code.co_varnames[: code.co_argcount] if n in _SHOWN]
+    return code.co_name, tuple((n, values[n]) for n in names)
+
+
+def _line() -> str:
+    """Of the innermost frame that belongs neither to torch nor to fastinit."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_HERE, _TORCH, "<")) and os.sep + "contextlib.py" not in name:
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "unknown"
+
+
+def _call(fill: Fill, shape: tuple[int, ...]) -> str:
+    if fill.caller is None:
+        numbers = {"constant": (fill.a,), "uniform": (fill.a, fill.b), "normal": (fill.a, fill.b)}
+        name = "fill_" if fill.op == "constant" else f"{fill.op}_"
+        return f"{name}({', '.join(f'{x:.4g}' for x in numbers.get(fill.op, ()))})"
+    name, arguments = fill.caller
+    shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in arguments]
+    if name.startswith(("kaiming", "xavier")) and len(shape) > 1:
+        space = math.prod(shape[2:])
+        shown.append(f"fan_in={shape[1] * space}")
+        if name.startswith("xavier") or "mode=fan_out" in shown:
+            shown.append(f"fan_out={shape[0] * space}")
+    return f"{name}({', '.join(shown)})"
+
+
+def _bar(elements: int) -> Any:
+    try:
+        from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
+    except ImportError:
+        return None
+    return tqdm(total=elements, unit=" elements", unit_scale=True, desc="fastinit")
