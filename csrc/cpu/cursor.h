@@ -20,7 +20,7 @@ inline uint64_t position_of(const TorchState& s) { return 625 - static_cast<uint
 
 class Cursor {
  public:
-  explicit Cursor(const Target& target) : target_(target), words_(new Words()) {}
+  explicit Cursor(const Target& target) : target_(target), words_(new Words) {}
 
   Words& at(const TorchState* state, uint64_t position) {
     if (state != state_ || position < words_->base) open(state);

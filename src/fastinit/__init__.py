@@ -33,6 +33,9 @@ from fastinit.init import xavier_normal_ as xavier_normal_
 from fastinit.init import xavier_uniform as xavier_uniform
 from fastinit.init import xavier_uniform_ as xavier_uniform_
 from fastinit.init import zeros_ as zeros_
+from fastinit.install import install as install
+from fastinit.install import installed as installed
+from fastinit.install import uninstall as uninstall
 from fastinit.model import Plan as Plan
 from fastinit.model import init_model_ as init_model_
 from fastinit.model import materialize_ as materialize_
@@ -41,6 +44,7 @@ from fastinit.report import Report as Report
 
 __all__ = [  # torch's own come first
     *__all__,
-    *("Plan", "Report", "fused", "init_model_", "materialize_", "record"),
+    *("Plan", "Report", "fused", "init_model_", "install", "installed", "materialize_", "record"),
+    "uninstall",
 ]
 __version__ = "0.1.0"

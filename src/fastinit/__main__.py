@@ -8,6 +8,7 @@ import functools
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -61,8 +62,57 @@ def demo() -> int:
             f"  torch {theirs * 1e3:.2f} ms, fastinit {ours * 1e3:.2f} ms: "
             f"{theirs / ours:.1f} times as fast"
         )
+    everything_equal &= _built_both_ways()
     print("\nAll bits equal." if everything_equal else "\nSOME BITS DIFFER.")
     return 0 if everything_equal else 1
+
+
+def _built_both_ways() -> bool:
+    """A model of transformers, if it is installed, from its configuration; else one of torch."""
+    import torch
+    from torch import nn
+
+    import fastinit
+
+    make: Callable[[], nn.Module]
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        title = "GPT-2 small of transformers"
+        make = functools.partial(GPT2LMHeadModel, GPT2Config())
+    except ImportError:
+        title, make = "nn.Transformer (transformers is not installed)", nn.Transformer
+    print(f"\n{title}, constructed as it is and in `with fastinit.fused():`")
+
+    def build(fast: bool) -> tuple[float, nn.Module, object]:
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        if fast:
+            with fastinit.fused() as report:
+                model = make()
+        else:
+            model, report = make(), None
+        return time.perf_counter() - start, model, report
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(3):
+            for fast in times:
+                times[fast].append(build(fast)[0])
+        theirs, ours = build(False)[1].state_dict(), build(True)
+    equal = theirs.keys() == ours[1].state_dict().keys() and all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(theirs.values(), ours[1].state_dict().values())
+    )
+    print("\n".join(f"  {line}" for line in str(ours[2]).splitlines()))
+    eager, fused = sorted(times[False])[1], sorted(times[True])[1]
+    print(
+        f"  {len(theirs)} tensors: {'bits equal' if equal else 'BITS DIFFER'}\n"
+        f"  as it is {eager * 1e3:.0f} ms, fused {fused * 1e3:.0f} ms: "
+        f"{eager / fused:.1f} times as fast"
+    )
+    return equal
 
 
 def _cnn() -> tuple[str, nn.Module, Callable[[nn.Module], None]]:

@@ -48,8 +48,8 @@ class fused(ContextDecorator):
         self._adopted: Iterable[Tensor] = ()
         self._entered: list[_Block | Report] = []
 
-    def _recreate_cm(self) -> fused:
-        return self
+    def _recreate_cm(self) -> fused:  # of a decorated function, which may recurse or have threads
+        return fused(progress=self._progress)
 
     def __enter__(self) -> Report:
         outer = plan.this_thread.recorder

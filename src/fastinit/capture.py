@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastinit import plan, probe, source
-from fastinit.report import Report, caller
+from fastinit.report import Report, Written, caller
 
 _aten = torch.ops.aten
 PLAIN = (Tensor, nn.Parameter)
@@ -41,7 +41,7 @@ class _Memory:
         self.weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # as long as it lives, no other storage gets this key
         self.nbytes = storage.nbytes()
         self.fills: list[plan.Fill] = []  # pending, in order
-        self.written: list[plan.Fill] = []  # for the report
+        self.written: list[Written] = []  # for the report
 
     def holds(self, t: Tensor) -> bool:
         """Whether a tensor is all of it, in order."""
@@ -99,6 +99,7 @@ class Capture(Mode):
         self.report = report
         self._known: dict[int, _Memory] = {}
         self._pending: dict[int, _Memory] = {}  # those of _known with fills
+        self._exposed: list[_Memory] = []  # were known
         self._purge_at = 1024  # entries of _known
         self._states = 0  # pending random fills, at most
         self._scratch = torch.empty(source.STATE_SIZE, dtype=torch.uint8, device="cpu")
@@ -182,11 +183,9 @@ class Capture(Mode):
         if fill.op in ("normal_pairs", "trunc_normal") or not self._may_wait():
             return False
         t = fill.tensor
-        begin = t.storage_offset() * t.element_size()
-        size = t.element_size() * (fill.items if fill.rank == 0 else plan.span(t))
-        if fill.op == "sparse_mask":
-            size = t.numel() * t.element_size()
-        fill.extent = (int(begin), int(begin + size))
+        size, begin = t.element_size(), int(t.storage_offset())
+        items = fill.items if plan.is_dense(fill) else plan.span(t)
+        fill.extent = (size * begin, size * (begin + items))
         fill.caller = caller()
         if fill.generator is not None:
             words = plan.words_drawn(fill, False)
@@ -202,17 +201,27 @@ class Capture(Mode):
             self._overwrite(memory, fill)
         memory.fills.append(fill)
         self._pending[memory.key] = memory
-        if self._states > _MOST_STATES or len(memory.fills) > _MOST_LAYERS:
-            self.settle()
-            self._states = 0
+        if len(memory.fills) > _MOST_LAYERS:
+            self.settle(f"more than {_MOST_LAYERS} fills of one tensor", [memory])
+        if self._states > _MOST_STATES:
+            pending = [f.state for m in self._pending.values() for f in m.fills]
+            self._states = sum(state is not None for state in pending)
+            if self._states > _MOST_STATES // 2:
+                self.settle(f"more than {_MOST_STATES // 2} random fills waiting")
+                self._states = 0
 
     def _overwrite(self, memory: _Memory, by: plan.Fill) -> None:
         """What a fill will overwrite completely need not be written."""
-        if plan.is_dense(by):
-            begin, end = by.extent
-            dead = [f for f in memory.fills if begin <= f.extent[0] and f.extent[1] <= end]
-            self.report.drop(dead)
-            memory.fills = [f for f in memory.fills if f not in dead]
+        if not plan.is_dense(by):
+            return
+        begin, end = by.extent
+        alive = []
+        for f in memory.fills:
+            if begin <= f.extent[0] and f.extent[1] <= end:
+                self.report.dropped_elements += f.items
+            else:
+                alive.append(f)
+        memory.fills = alive
 
     def _at_once(self, fill: plan.Fill) -> None:
         """Natively, but now. The operator it stands for counts up the version itself."""
@@ -334,10 +343,8 @@ class Capture(Mode):
                 self.report.drop(memory.fills)
             else:
                 todo.append((storage, memory.fills))
-                memory.written += memory.fills
+                memory.written += map(Written.of, memory.fills)
             memory.fills = []
-        if not self._pending:
-            self._states = 0
         with self.report.writing([fill for _, fills in todo for fill in fills], reader) as done:
             for stage in _stages(todo):
                 for piece in _pieces(stage, self.report.progress and reader is None):
@@ -348,7 +355,7 @@ class Capture(Mode):
         """The block is over."""
         self.settle()
         self._purge()
-        self.report.close(self._known.values())
+        self.report.close((*self._known.values(), *self._exposed))
 
     # ---- what hooks.py and the functions of fastinit report ------------------------------------
 
@@ -361,7 +368,9 @@ class Capture(Mode):
         """Somebody gets to know where its memory is: from now on nothing may wait there."""
         self.read(t)
         if type(t) in PLAIN and t.layout is torch.strided:
-            self._known.pop(plan.storage_id(t), None)
+            memory = self._known.pop(plan.storage_id(t), None)
+            if memory is not None:
+                self._exposed.append(memory)
 
     def before(self, other: Thread | Future[Any] | None) -> None:
         """Another thread may run what the block gives it, until it ends."""

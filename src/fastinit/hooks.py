@@ -24,8 +24,8 @@ FUNCTIONS = tuple(name for name in init.__all__ if name.endswith("_"))
 # read or write it at any time.
 _READS = ("__reduce_ex__", "__repr__", "tolist", "apply_", "map_", "map2_")
 _EXPOSES = (
-    *("__array__", "__dlpack__", "data_ptr", "numpy", "share_memory_", "storage"),
-    *("_typed_storage", "untyped_storage"),
+    *("__array__", "__dlpack__", "data_ptr", "numpy", "const_data_ptr", "share_memory_"),
+    *("storage", "_typed_storage", "untyped_storage"),
 )
 
 
@@ -93,19 +93,22 @@ class Patches:
     """Attributes that are replaced, and can be put back."""
 
     def __init__(self) -> None:
-        self._undo: list[tuple[Any, str, Any]] = []
+        self._undo: list[Callable[[], object]] = []
 
     def set(self, owner: Any, name: str, value: object) -> None:
-        self._undo.append((owner, name, vars(owner).get(name, self)))
+        if name in vars(owner):
+            self._undo.append(functools.partial(setattr, owner, name, vars(owner)[name]))
+        else:  # it is inherited
+            self._undo.append(functools.partial(delattr, owner, name))
         setattr(owner, name, value)
+
+    def set_item(self, owner: dict[Any, Any], key: object, value: object) -> None:
+        self._undo.append(functools.partial(owner.__setitem__, key, owner[key]))
+        owner[key] = value
 
     def undo(self) -> None:
         while self._undo:
-            owner, name, value = self._undo.pop()
-            if value is self:  # it was inherited
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
+            self._undo.pop()()
 
 
 def _find_importers() -> list[tuple[ModuleType, str]]:
@@ -152,7 +155,8 @@ def _hook() -> None:
     for name in _READS:
         _patches.set(Tensor, name, _reading(getattr(Tensor, name)))
     for name in _EXPOSES:
-        _patches.set(Tensor, name, _exposing(getattr(Tensor, name)))
+        if hasattr(Tensor, name):  # not every torch has all
+            _patches.set(Tensor, name, _exposing(getattr(Tensor, name)))
     dlpack = vars(torch.utils.dlpack)["to_dlpack"]
     _patches.set(torch.utils.dlpack, "to_dlpack", _exposing(dlpack))
     _patches.set(threading.Thread, "start", _starting(threading.Thread.start))

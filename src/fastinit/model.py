@@ -160,7 +160,7 @@ def materialize_(
 
     Args:
         model: any module; parameters and buffers that are not on the meta device stay as they are
-        device: where the memory is taken (default: torch's default device)
+        device: where the memory is taken (default: torch's default device; the CPU if that is meta)
         dtype: of the floating-point tensors (default: as they are)
         fn: as for `init_model_`
 
@@ -174,23 +174,20 @@ def materialize_(
     if _is_recording_a_plan():
         raise RuntimeError("materialize_ cannot be part of a Plan that is being recorded")
     with block.fused():
-        slots = [slot for m in model.modules() for slot in _meta_slots(m)]
+        slots = [slot for path, m in model.named_modules() for slot in _meta_slots(path, m)]
         memory: dict[tuple[object, ...], Tensor] = {}
         new: dict[int, Tensor] = {}  # tied tensors are one object
-        for owner, name, old in slots:
+        for _, m, name, old in slots:
             if id(old) not in new:
                 new[id(old)] = _materialized(old, device, dtype, memory)
-            owner[name] = new[id(old)]
-        watch = _Watch(new.values())
-        with watch:
+            setattr(m, name, new[id(old)])
+        with _Watch(new.values()) as watch:
             _apply(model, fn)
-        names = {id(m): path for path, m in model.named_modules()}
         missing = []
-        for m in model.modules():
-            for owner, name, old in (s for s in slots if s[0] in (m._parameters, m._buffers)):
-                if owner.get(name) is new[id(old)] and not watch.is_written(new[id(old)]):
-                    owner[name] = old
-                    missing.append(f"{names[id(m)]}.{name}".lstrip("."))
+        for path, m, name, old in slots:
+            if getattr(m, name, None) is new[id(old)] and not watch.is_written(new[id(old)]):
+                setattr(m, name, old)
+                missing.append(path)
     if missing:
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" * (len(missing) > 10))
         warnings.warn(
@@ -291,11 +288,11 @@ _OVERWRITING = frozenset(
 )
 
 
-def _meta_slots(m: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    for owner in (m._parameters, m._buffers):
-        for name, t in owner.items():
-            if t is not None and t.is_meta:
-                yield owner, name, t
+def _meta_slots(path: str, m: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Full name, and where it is to be set."""
+    for name, t in (*m._parameters.items(), *m._buffers.items()):
+        if t is not None and t.is_meta:
+            yield f"{path}.{name}".lstrip("."), m, name, t
 
 
 def _materialized(
@@ -308,7 +305,8 @@ def _materialized(
     key = (plan.storage_id(old), old.storage_offset(), old.shape, old.stride(), old.dtype)
     if key not in memory:
         kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
-        where = torch.get_default_device() if device is None else device
+        default = torch.get_default_device()
+        where = ("cpu" if default.type == "meta" else default) if device is None else device
         memory[key] = torch.empty_strided(old.shape, old.stride(), dtype=kind, device=where)
     if isinstance(old, nn.Parameter):
         return nn.Parameter(memory[key], old.requires_grad)

@@ -47,13 +47,28 @@ class Row(NamedTuple):
     written_by: tuple[str, ...]
 
 
+class Written(NamedTuple):
+    """A fill that was done, without what it needed for that."""
+
+    op: str
+    a: float
+    b: float
+    items: int
+    dtype: torch.dtype
+    caller: tuple[str, tuple[tuple[str, object], ...]] | None
+
+    @classmethod
+    def of(cls, fill: Fill) -> Written:
+        return cls(fill.op, fill.a, fill.b, fill.items, fill.tensor.dtype, fill.caller)
+
+
 class _Memory(Protocol):
     @property
     def key(self) -> int: ...
     @property
     def weak(self) -> Any: ...
     @property
-    def written(self) -> list[Fill]: ...
+    def written(self) -> list[Written]: ...
 
 
 @dataclass
@@ -134,7 +149,7 @@ class Report:
             fill = m.written[-1]
             shape = tuple(t.shape) if t is not None else (fill.items,)
             calls = tuple(_call(f, shape) for f in m.written)
-            rows.append(Row(name, shape, fill.tensor.dtype, calls))
+            rows.append(Row(name, shape, fill.dtype, calls))
         order = {name: i for i, (name, _) in enumerate(names.values())}
         return sorted(rows, key=lambda row: order.get(row.name, len(order)))
 
@@ -221,7 +236,7 @@ def _line() -> str:
     return "unknown"
 
 
-def _call(fill: Fill, shape: tuple[int, ...]) -> str:
+def _call(fill: Written, shape: tuple[int, ...]) -> str:
     if fill.caller is None:
         numbers = {"constant": (fill.a,), "uniform": (fill.a, fill.b), "normal": (fill.a, fill.b)}
         name = "fill_" if fill.op == "constant" else f"{fill.op}_"
