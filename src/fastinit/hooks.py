@@ -40,7 +40,8 @@ def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         capture = _active()
         if capture is not None:
-            capture.read(self)
+            for t in (self, *(x for x in args if isinstance(x, Tensor))):  # map2_
+                capture.read(t)
         return original(self, *args, **kwargs)
 
     return method
