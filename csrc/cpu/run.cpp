@@ -27,6 +27,7 @@ constexpr double kThreadWorth = 150e3;      // ns of work that pay for starting 
 constexpr uint64_t kStreamBytes = 8 << 20;  // larger plans bypass the caches
 constexpr uint64_t kHugePage = 2 << 20;
 constexpr double kTouchCost = 0.17;  // ns per byte of fresh memory in huge pages
+constexpr uint64_t kTouched = 1 << 20;  // bytes; less is not worth three system calls
 constexpr int64_t kCursors = 16;     // of a worker; sources beyond that share them
 
 uint64_t tile_of(const FillDesc& d) { return d.op == Op::sparse_mask ? kSparseTile : kTile; }
@@ -126,7 +127,7 @@ bool is_fresh(uint64_t address, uint64_t bytes) {
 #ifdef __linux__
   const uint64_t page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
   const uint64_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (begin >= end) return false;
+  if (bytes < kTouched) return false;
   for (const uint64_t at : {begin, begin + (end - begin) / 2 / page * page, end - page}) {
     unsigned char resident = 1;
     if (mincore(reinterpret_cast<void*>(at), page, &resident) != 0 || (resident & 1)) return false;

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
         capture = _active()
         if capture is not None:
             for t in (self, *(x for x in args if isinstance(x, Tensor))):  # map2_
-                capture.read(t)
+                capture.read(t, f"Tensor.{original.__name__}")
         return original(self, *args, **kwargs)
 
     return method
@@ -52,17 +53,35 @@ def _exposing(original: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         capture = _active()
         if capture is not None:
-            capture.expose(self)
+            capture.expose(self, f"Tensor.{original.__name__}")
         return original(self, *args, **kwargs)
 
     return method
+
+
+def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For what writes tensors to a file by itself."""
+
+    @functools.wraps(original)
+    def save(*args: Any, **kwargs: Any) -> Any:
+        capture = _active()
+        if capture is not None:
+            capture.settle(original.__qualname__)
+        return original(*args, **kwargs)
+
+    return save
+
+
+def _is_harmless(thread: threading.Thread) -> bool:
+    """tqdm's monitor, started with the first bar, knows no tensors."""
+    return type(thread).__module__.startswith("tqdm")
 
 
 def _starting(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def start(self: threading.Thread) -> Any:
         capture = _active()
-        if capture is not None:
+        if capture is not None and not capture.submitting and not _is_harmless(self):
             capture.before(self)
         return original(self)
 
@@ -73,11 +92,15 @@ def _submitting(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def submit(*args: Any, **kwargs: Any) -> Any:
         capture = _active()
-        if capture is not None:
-            capture.before(None)
-        future = original(*args, **kwargs)
-        if capture is not None:
-            capture.before(future)
+        if capture is None:
+            return original(*args, **kwargs)
+        capture.before(None)
+        capture.submitting = True  # threads of the pool do nothing but its tasks
+        try:
+            future = original(*args, **kwargs)
+        finally:
+            capture.submitting = False
+        capture.before(future)
         return future
 
     return submit
@@ -90,43 +113,107 @@ def _registered(module: Any, name: str, value: Any) -> None:
         report.hold(module, name, value)
 
 
-class Patches:
-    """Attributes that are replaced, and can be put back."""
+# ---- methods -------------------------------------------------------------------------------------
 
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], object]] = []
-
-    def set(self, owner: Any, name: str, value: object) -> None:
-        if name in vars(owner):
-            self._undo.append(functools.partial(setattr, owner, name, vars(owner)[name]))
-        else:  # it is inherited
-            self._undo.append(functools.partial(delattr, owner, name))
-        setattr(owner, name, value)
-
-    def set_item(self, owner: dict[Any, Any], key: object, value: object) -> None:
-        self._undo.append(functools.partial(owner.__setitem__, key, owner[key]))
-        owner[key] = value
-
-    def undo(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+_Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+_METHODS: list[tuple[Any, str, _Wrap]] = [
+    *((Tensor, name, _reading) for name in _READS),
+    *((Tensor, name, _exposing) for name in _EXPOSES if hasattr(Tensor, name)),
+    (torch.utils.dlpack, "to_dlpack", _exposing),
+    (torch, "to_dlpack", _exposing),
+    (torch.jit, "save", _saving),
+    (torch.jit._script.RecursiveScriptModule, "save", _saving),
+    (torch.jit._script.RecursiveScriptModule, "save_to_buffer", _saving),
+    (threading.Thread, "start", _starting),
+    (ThreadPoolExecutor, "submit", _submitting),
+]
+_wrapped: dict[
+    tuple[Any, str], tuple[Any, Any]
+] = {}  # kept: a block of ten small layers takes only 3 ms
+_patches: list[tuple[Any, str, Any, bool]] = []  # owner, name, what was there and if inherited
 
 
-def _find_importers() -> list[tuple[ModuleType, str]]:
+def _hook_methods() -> None:
+    for owner, name, wrap in _METHODS:
+        original, key = getattr(owner, name), (owner, name)
+        if key not in _wrapped or _wrapped[key][0] is not original:  # somebody patched it
+            _wrapped[key] = original, wrap(original)
+        _patches.append((owner, name, original, name not in vars(owner)))
+        setattr(owner, name, _wrapped[key][1])
+
+
+def _unhook_methods() -> None:
+    while _patches:
+        owner, name, original, inherited = _patches.pop()
+        if vars(owner).get(name) is not _wrapped[owner, name][1]:
+            continue  # somebody patched it in the block, and may keep it
+        if inherited:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
+# ---- functions -----------------------------------------------------------------------------------
+
+
+def _stand_in(function: Any) -> Any:
+    """A copy that says it is torch's own, for modes that go by a function's module."""
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__,
+        function.__closure__,
+    )  # fmt: skip
+    functools.update_wrapper(copy, function)
+    del copy.__wrapped__  # type: ignore[attr-defined]
+    copy.__module__ = "torch.nn.init"
+    return copy
+
+
+_ORIGINALS = {name: getattr(init._torch, name) for name in init.__all__}
+_ORIGINALS["_no_grad_trunc_normal_"] = init._torch_trunc_normal  # looked up by torch at each call
+STAND_INS = {name: _stand_in(getattr(init, name)) for name in _ORIGINALS}
+_to_ours = {id(_ORIGINALS[name]): STAND_INS[name] for name in _ORIGINALS}
+_to_torch = {id(STAND_INS[name]): _ORIGINALS[name] for name in _ORIGINALS}
+
+
+def _replace(modules: Iterable[object], by: dict[int, Any]) -> None:
+    """Replace names of modules, and values of their dictionaries."""
+    for module in modules:
+        path = vars(module).get("__name__") if isinstance(module, ModuleType) else None
+        if not isinstance(path, str) or path.partition(".")[0] == "fastinit":
+            continue
+        for name, value in list(vars(module).items()):
+            if id(value) in by:
+                setattr(module, name, by[id(value)])
+            elif type(value) is dict and not name.startswith("__"):
+                for key, item in list(value.items()):
+                    if id(item) in by:
+                        value[key] = by[id(item)]
+
+
+def _of_torch() -> list[object]:
+    """Where torch itself has the functions."""
     return [
-        (module, name)
+        module
         for path, module in list(sys.modules.items())
-        if path == "torch.nn.init" or path.startswith("torch.nn.modules.")
-        for name in FUNCTIONS
-        if module.__dict__.get(name) is getattr(init._torch, name)
+        if (path == "torch.nn.init" or path.startswith("torch.nn.modules."))
+        and any(id(value) in _to_ours for value in vars(module).values())
     ]
 
 
-_importers = _find_importers()  # where torch itself has the functions, before others patch them
+_torch_modules = _of_torch()
 _lock = threading.RLock()
-_users = 0
-_patches = Patches()
+_users = 0  # of `hooked`
+_installed = 0  # times
 _handles: list[Any] = []
+_modules_before = 0
+
+
+def _renew_lock() -> None:  # in a forked child, where nobody is left to release it
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextmanager
@@ -134,34 +221,52 @@ def hooked() -> Iterator[None]:
     """Shared by all threads that record; a thread that does not is not affected."""
     global _users
     with _lock:
-        _users += 1
-        if _users == 1:
+        if _users == 0:
             _hook()
+        _users += 1
     try:
         yield
     finally:
         with _lock:
             _users -= 1
             if _users == 0:
-                _patches.undo()
-                while _handles:
-                    _handles.pop().remove()
+                _unhook()
 
 
 def _hook() -> None:
-    for module, name in _importers:
-        if vars(module).get(name) is getattr(init._torch, name):
-            _patches.set(module, name, getattr(init, name))
-    _patches.set(torch.nn.init, "_no_grad_trunc_normal_", init._no_grad_trunc_normal_)
-    for name in _READS:
-        _patches.set(Tensor, name, _reading(getattr(Tensor, name)))
-    for name in _EXPOSES:
-        if hasattr(Tensor, name):  # not every torch has all
-            _patches.set(Tensor, name, _exposing(getattr(Tensor, name)))
-    dlpack = vars(torch.utils.dlpack)["to_dlpack"]
-    _patches.set(torch.utils.dlpack, "to_dlpack", _exposing(dlpack))
-    _patches.set(threading.Thread, "start", _starting(threading.Thread.start))
-    _patches.set(ThreadPoolExecutor, "submit", _submitting(ThreadPoolExecutor.submit))
+    global _modules_before
+    _modules_before = len(sys.modules)
+    _replace(_torch_modules, _to_ours)
+    _hook_methods()
     _handles.append(nn_module.register_module_parameter_registration_hook(_registered))
     _handles.append(nn_module.register_module_buffer_registration_hook(_registered))
     _handles.append(nn_module.register_module_module_registration_hook(_registered))
+
+
+def _unhook() -> None:
+    while _handles:
+        _handles.pop().remove()
+    _unhook_methods()
+    if _installed == 0:
+        _replace(_torch_modules, _to_torch)
+        _replace(list(sys.modules.values())[_modules_before:], _to_torch)  # loaded in the block
+
+
+def install() -> None:
+    global _installed
+    with _lock:
+        _installed += 1
+        if _installed == 1:
+            _replace(list(sys.modules.values()), _to_ours)
+
+
+def uninstall() -> None:
+    global _installed
+    with _lock:
+        if _installed == 0:
+            raise RuntimeError("fastinit is not installed")
+        _installed -= 1
+        if _installed == 0:
+            _replace(list(sys.modules.values()), _to_torch)
+            if _users > 0:  # a block goes on
+                _replace(_torch_modules, _to_ours)

@@ -40,6 +40,7 @@ _calculate_fan_in_and_fan_out = _torch_init._calculate_fan_in_and_fan_out
 _calculate_correct_fan = _torch_init._calculate_correct_fan
 
 _PLAIN = frozenset((Tensor, Parameter))
+_QR = 4  # times as many elements until faster normals show beside the factorisation
 _CONSTANT = 512  # times as many elements until torch's own fill_ costs more than a look at it
 
 
@@ -49,9 +50,9 @@ def _is_large(t: Any, at_least: int = 1) -> bool:
         return False  # before t.numel() would be seen
     n = t.numel()
     recorder = plan.this_thread.recorder
-    if n < plan.MIN_NATIVE and (recorder is None or not recorder.takes_small):
-        return False
-    if n < at_least * plan.MIN_NATIVE and recorder is None:
+    if recorder is not None:
+        at_least = 0 if recorder.takes_small else 1
+    if n < at_least * plan.MIN_NATIVE:
         return False
     return n != 0 and not torch.compiler.is_compiling() and plan.modes_allow()
 
@@ -79,7 +80,9 @@ def _pass_on(function: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Ten
         generator = args[-1] if args else None  # it comes last
         with source.default_lock if generator is None else source.lock_of(generator):
             return function(tensor, *args)
-    recorder.call(functools.partial(function, tensor, *args), tensor)
+    call = functools.partial(function, tensor, *args)
+    overwrites = function is _orthogonal or function is _torch.orthogonal_
+    recorder.call(call, tensor, overwrites)
     return tensor
 
 
@@ -382,6 +385,7 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
         RuntimeError: a dtype torch.linalg.qr does not have.
     """
     native = _is_large(tensor) and plan.accepts(tensor) and tensor.dim() >= 2
+    native = native and tensor.numel() >= _QR * plan.MIN_NATIVE
     return _pass_on(_orthogonal if native else _torch.orthogonal_, tensor, gain, generator)
 
 

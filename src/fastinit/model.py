@@ -3,15 +3,23 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
+from contextlib import contextmanager
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastinit import block, hooks, init, plan, probe
-from fastinit.capture import FILLS, PLAIN, Capture, Mode, is_harmless, leaves
+from fastinit import block, hooks, init, plan, probe, source
+from fastinit.capture import Capture, Mode
+from fastinit.operators import EMPTY, FACTORIES, FILLS, PLAIN, is_view, leaves
+
+_MOVED = (
+    "a tensor of the plan has other memory or another shape than when it was recorded; record the "
+    "plan anew"
+)
 
 
 class Plan:
@@ -39,14 +47,21 @@ class Plan:
 
     def __init__(self) -> None:
         self._steps: list[list[plan.Fill] | Callable[[], object]] = []  # one for each call
+        self._places: list[tuple[Tensor, tuple[object, ...]]] = []  # of what must not move
 
     def add(self, fills: list[plan.Fill]) -> None:
         for fill in fills:
             fill.extent = plan.extent(fill)
         self._steps.append(fills)
 
-    def call(self, function: Callable[[], object], tensor: Tensor) -> None:
+    def call(
+        self, function: functools.partial[Any], tensor: Tensor, overwrites: bool = False
+    ) -> None:
         self._steps.append(function)
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Raise in `run` if one of these has moved, though only views of them were recorded."""
+        self._places += [(t, plan.place(t)) for t in tensors if type(t) in PLAIN]
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -63,6 +78,8 @@ class Plan:
                 before.settle("Plan.run")
             elif not plan.modes_allow():
                 raise RuntimeError("a Plan cannot run under a mode, transform or tracer of torch")
+            if any(plan.place(t) != place for t, place in self._places):
+                raise RuntimeError(_MOVED)
             fills: list[plan.Fill] = []
             for step in self._steps:
                 if callable(step):
@@ -72,10 +89,7 @@ class Plan:
                     if isinstance(before, Capture):
                         before.settle("Plan.run")
                 elif any(plan.extent(fill) != fill.extent for fill in step):
-                    raise RuntimeError(
-                        "a tensor of the plan has other memory or another shape than when it was "
-                        "recorded; record the plan anew"
-                    )
+                    raise RuntimeError(_MOVED)
                 else:
                     fills += step
             plan.run(fills)
@@ -137,16 +151,24 @@ def record(model: nn.Module, fn: _Fn | None = None) -> Plan:
     Raises:
         RuntimeError: `fn` reads what it initialises, so that what it does cannot be known before.
     """
-    if _is_recording_a_plan() or not plan.modes_allow():
+    if plan.this_thread.recorder is not None or not plan.modes_allow():
         raise RuntimeError("record cannot be used inside another Plan, fused block or mode")
     made = Plan()
-    walk = _Walk(made, (*model.parameters(), *model.buffers()))
-    before = plan.set_recorder(walk)
+    tensors = (*model.parameters(), *model.buffers())
+    counted = tuple(t for t in tensors if not t.is_inference())
+    versions = tuple(t._version for t in counted)
+    generator = source.current(torch.default_generator)
+    plan.set_recorder(walk := _Walk(made, tensors))
     try:
         with hooks.hooked(), walk:
             _apply(model, fn)
     finally:
-        plan.set_recorder(before)
+        plan.set_recorder(None)
+        # In-place operators have counted up, though nothing was written.
+        torch._C._autograd._unsafe_set_version_counter(counted, versions)
+    if source.current(torch.default_generator) != generator:
+        raise RuntimeError("record: the function draws or sets a seed, which cannot be recorded")
+    made.keep(tensors)
     return made
 
 
@@ -162,7 +184,8 @@ def materialize_(
         model: any module; parameters and buffers that are not on the meta device stay as they are
         device: where the memory is taken (default: torch's default device; the CPU if that is meta)
         dtype: of the floating-point tensors (default: as they are)
-        fn: as for `init_model_`
+        fn: as for `init_model_`; by default only modules all of whose tensors were on the meta
+            device are reset
 
     Returns:
         `model`. Tied tensors stay tied; parameters are new objects, as after `to_empty`.
@@ -181,13 +204,17 @@ def materialize_(
             if id(old) not in new:
                 new[id(old)] = _materialized(old, device, dtype, memory)
             setattr(m, name, new[id(old)])
-        with _Watch(new.values()) as watch:
-            _apply(model, fn)
+        memory.clear()
         missing = []
-        for path, m, name, old in slots:
-            if getattr(m, name, None) is new[id(old)] and not watch.is_written(new[id(old)]):
-                setattr(m, name, old)
-                missing.append(path)
+        watch = _Watch(new.values())
+        try:
+            with _watching(watch):
+                _apply(model, fn or functools.partial(_reset_new, {id(t) for t in new.values()}))
+        finally:
+            for path, m, name, old in slots:
+                if getattr(m, name, None) is new[id(old)] and not watch.is_written(new[id(old)]):
+                    setattr(m, name, old)
+                    missing.append(path)
     if missing:
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" * (len(missing) > 10))
         warnings.warn(
@@ -214,66 +241,124 @@ def _reset(module: nn.Module) -> None:
             break
 
 
+def _reset_new(new: set[int], module: nn.Module) -> None:
+    """Reset a module, unless that would overwrite what was there before."""
+    if all(id(t) in new for t in (*module.parameters(), *module.buffers())):
+        _reset(module)
+
+
+@contextmanager
+def _watching(watch: _Watch) -> Iterator[None]:
+    """Put a mode on top of the block's, which goes on to take fills without operators."""
+    capture = plan.this_thread.recorder
+    if not isinstance(capture, Capture):
+        with watch:
+            yield
+        return
+    before = capture.watch, capture.modes
+    capture.watch, capture.modes = watch.note, capture.modes + 1
+    try:
+        with watch:
+            yield
+    finally:
+        capture.watch, capture.modes = before
+
+
 # ---- record --------------------------------------------------------------------------------------
 
 
 class _Walk(Mode):
-    """Puts what is done to some tensors into a Plan instead of doing it."""
+    """Puts what is done to some tensors into a Plan instead of doing it.
+
+    Tensors are written by the plan (the model's, and temporaries filled from a generator) or its
+    constants, which must not change any more once a step of the plan reads them.
+    """
 
     modes = 1
     takes_small = True
+    submitting = False
 
     def __init__(self, into: Plan, tensors: Iterable[Tensor]) -> None:
         super().__init__()
         self._plan = into
-        self._storages = {plan.storage_id(t) for t in tensors if type(t) in PLAIN}
+        self._written = {plan.storage_id(t) for t in tensors if _is_simple(t)}
+        self._constants: set[int] = set()
 
     def add(self, fills: list[plan.Fill]) -> None:
-        self._storages.update(plan.storage_id(f.tensor) for f in fills)
+        self._written.update(plan.storage_id(f.tensor) for f in fills)
         self._plan.add(fills)
 
-    def call(self, function: Callable[[], object], tensor: Tensor) -> None:
-        self._storages.add(plan.storage_id(tensor))
+    def call(
+        self, function: functools.partial[Any], tensor: Tensor, overwrites: bool = False
+    ) -> None:
+        if any(isinstance(x, Tensor) for x in function.args[1:]):
+            self._refuse(function.func)
+        self._written.add(plan.storage_id(tensor))
         self._plan.call(function, tensor)
 
-    def read(self, t: Tensor) -> None:
-        if type(t) in PLAIN and plan.storage_id(t) in self._storages:
-            raise RuntimeError("record: the function reads a tensor that it initialises")
+    def read(self, t: Tensor, how: str) -> None:
+        if _is_simple(t) and plan.storage_id(t) in self._written | self._constants:
+            self._refuse(how)
 
     expose = read
 
     def before(self, other: object) -> None:
-        pass
+        """A thread starts. What it does is not seen."""
+
+    @staticmethod
+    def _refuse(what: object) -> NoReturn:
+        raise RuntimeError(
+            f"record: {what} reads what the function initialises, or draws or writes what cannot "
+            "be repeated; what it does to the model cannot be known before it is done"
+        )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor) and type(x) in PLAIN]
-        build = FILLS.get(func)
-        if build is not None and tensors:
-            fill = probe.proved(build(args[0], args, kwargs, False))
+        tensors = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
+        random = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        shape_only = func in EMPTY or (func in FACTORIES and not random)
+        if is_view(func) or shape_only:
+            return func(*args, **kwargs)
+        for t in tensors:
+            if not _is_simple(t):
+                self._refuse(f"{func} of a {type(t).__name__}")
+        keys = [plan.storage_id(t) for t in tensors if t.layout is torch.strided]
+        written = [key in self._written for key in keys]
+        inplace = torch.Tag.inplace in func.tags and len(keys) > 0
+        if inplace and func._schema.name in _OVERWRITING and keys[0] not in self._constants:
+            t = tensors[0]
+            whole = t.numel() * t.element_size() == plan.storage_of(t).nbytes()
+            if whole and (random or any(written)):  # a temporary that the plan makes each time
+                written[0] = True
+                self._written.add(keys[0])
+        if func in FILLS and written[0] and not any(written[1:]):
+            fill = probe.proved(FILLS[func](args[0], args, kwargs, False))
             if fill is not None:
                 self.add([fill])
                 return args[0]
-        known = any(
-            t.layout is torch.strided and plan.storage_id(t) in self._storages for t in tensors
-        )
-        random = torch.Tag.nondeterministic_seeded in func.tags
-        if is_harmless(func) or not (known or random):
+        if not any(written):
+            if random or (func._schema.is_mutable and keys[0] in self._constants):
+                self._refuse(func)
             return func(*args, **kwargs)
-        if torch.Tag.inplace not in func.tags:
-            raise RuntimeError(
-                f"record: {func} reads what the function initialises, or draws from a generator; "
-                "what it does to the model cannot be known before it is done"
-            )
+        if not inplace or not written[0]:
+            self._refuse(func)
 
         def again() -> None:
             with torch.no_grad():
                 func(*args, **kwargs)
 
-        self.call(again, tensors[0])
+        self._constants.update(key for key, known in zip(keys, written) if not known)
+        self._plan.call(functools.partial(again), tensors[0])
         return args[0] if func._schema.returns else None
+
+
+def _is_simple(t: Tensor) -> bool:
+    """Its values are what is in its storage."""
+    if t.layout is not torch.strided:
+        return False
+    return type(t) in PLAIN or type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 # ---- materialize_ --------------------------------------------------------------------------------
@@ -283,15 +368,16 @@ _OVERWRITING = frozenset(
     f"aten::{name}_"
     for name in (
         *("uniform", "normal", "fill", "zero", "copy", "random", "bernoulli", "exponential"),
-        *("log_normal", "cauchy", "geometric"),
+        *("log_normal", "cauchy", "geometric", "_foreach_copy", "_foreach_zero"),
     )
 )
+_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _meta_slots(path: str, m: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Full name, and where it is to be set."""
     for name, t in (*m._parameters.items(), *m._buffers.items()):
-        if t is not None and t.is_meta:
+        if t is not None and t.is_meta and not nn.parameter.is_lazy(t):
             yield f"{path}.{name}".lstrip("."), m, name, t
 
 
@@ -301,16 +387,18 @@ def _materialized(
     dtype: torch.dtype | None,
     memory: dict[tuple[object, ...], Tensor],
 ) -> Tensor:
-    """A tensor like `old` with memory, which it shares if `old` shared its own."""
-    key = (plan.storage_id(old), old.storage_offset(), old.shape, old.stride(), old.dtype)
+    """A tensor like `old` with memory, shared with those that shared `old`'s."""
+    key = (plan.storage_id(old), old.dtype)
     if key not in memory:
         kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
         default = torch.get_default_device()
         where = ("cpu" if default.type == "meta" else default) if device is None else device
-        memory[key] = torch.empty_strided(old.shape, old.stride(), dtype=kind, device=where)
+        items = plan.storage_of(old).nbytes() // old.element_size()
+        memory[key] = torch.empty(items, dtype=kind, device=where)
+    new = memory[key].as_strided(old.shape, old.stride(), old.storage_offset())
     if isinstance(old, nn.Parameter):
-        return nn.Parameter(memory[key], old.requires_grad)
-    return memory[key].requires_grad_(old.requires_grad)
+        return nn.Parameter(new, old.requires_grad)
+    return new.detach().requires_grad_(old.requires_grad)
 
 
 class _Watch(Mode):
@@ -319,35 +407,48 @@ class _Watch(Mode):
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
         self._missing = {plan.storage_id(t) for t in tensors if t.numel() != 0}
-        self._partly: dict[int, Tensor] = {}  # storage -> for each element whether it is written
+        self._partly: dict[int, Tensor] = {}  # storage -> -1 in each byte that is written
 
     def is_written(self, t: Tensor) -> bool:
         key = plan.storage_id(t)
-        if key in self._partly and bool(self._partly[key].all()):
+        if key not in self._missing:
             return True
-        return key not in self._missing
+        return key in self._partly and bool((self._marks(t) == _MARK[t.element_size()]).all())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func._schema.is_mutable:
-            out = [kwargs[x.name] for x in func._schema.arguments if x.is_out and x.name in kwargs]
-            if func._schema.name in _OVERWRITING:
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            out = [kwargs.get(x.name) for x in schema.arguments if x.is_out]
+            if schema.name in _OVERWRITING:
                 out.append(args[0])
-            for t in out:
-                if type(t) in PLAIN and t.layout is torch.strided:
-                    self._note(t)
+            for t in leaves(out):
+                if isinstance(t, Tensor):
+                    self.note(t)
         return result
 
-    def _note(self, t: Tensor) -> None:
-        key = plan.storage_id(t)
-        if key not in self._missing:
+    def note(self, t: Tensor) -> None:
+        """All of this has been written."""
+        if type(t) not in PLAIN or t.layout is not torch.strided:
             return
-        items = plan.storage_of(t).nbytes() // t.element_size()
-        if t.numel() == items:
-            self._missing.remove(key)
-        else:
-            written = self._partly.setdefault(key, torch.zeros(items, dtype=torch.bool))
-            written.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(True)
+        key = plan.storage_id(t)
+        if key in self._missing:
+            if t.numel() * t.element_size() == plan.storage_of(t).nbytes():
+                self._missing.remove(key)
+            else:
+                self._marks(t).fill_(_MARK[t.element_size()])
+
+    def _marks(self, t: Tensor) -> Tensor:
+        """What stands for a tensor's elements in the marks of its storage."""
+        marks = self._partly.get(plan.storage_id(t))
+        if marks is None:
+            marks = torch.zeros(plan.storage_of(t).nbytes(), dtype=torch.uint8, device="cpu")
+            self._partly[plan.storage_id(t)] = marks
+        marks = marks.view(_BYTES[t.element_size()])
+        return marks.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+_MARK = {1: 255, 2: -1, 4: -1, 8: -1}

@@ -14,7 +14,8 @@ import threading
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -79,7 +80,8 @@ class Recorder(Protocol):
     takes_small: bool  # also fills of fewer than MIN_NATIVE elements
 
     def add(self, fills: list[Fill]) -> None: ...
-    def call(self, function: Callable[[], object], tensor: Tensor) -> None: ...
+    # `overwrites`: all of the tensor
+    def call(self, function: partial[Any], tensor: Tensor, overwrites: bool) -> None: ...
 
 
 class _Local(threading.local):
@@ -209,7 +211,9 @@ def trunc_normal(
     if warns or not p_above - p_below > 0.3:
         return None
     fill.rests_on = "trunc_normal"
-    if low < fill.a - _reach(fill) and high > fill.a + _reach(fill):
+    # A smaller std would be rounded, or be no normal number, in float32.
+    far = low < fill.a - _reach(fill) and high > fill.a + _reach(fill)
+    if far and fill.b > _SMALLEST_RANGE:
         return fill  # no draw is rejected; that draws would be is what the other kind shows
     if fill.op == "normal":
         fill.op = "trunc_normal"
@@ -293,6 +297,11 @@ def extent(fill: Fill) -> tuple[int, int]:
     return begin, begin + items * t.element_size()
 
 
+def place(t: Tensor) -> tuple[object, ...]:
+    """What changes when a tensor gets other memory or another shape."""
+    return _address(t), t.shape, t.stride(), t.dtype
+
+
 def span(t: Tensor) -> int:
     """From its first element in memory to its last, in elements. It has some."""
     return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
@@ -315,9 +324,7 @@ def _pack(fill: Fill, address: int, word: int, src: int, cached: bool) -> bytes:
 class _Stage:
     """Fills that touch different memory and whose words are known: one native call."""
 
-    def __init__(
-        self, states: list[source.State], index: dict[torch.Generator, int], alone: bool
-    ) -> None:
+    def __init__(self, states: list[source.State], index: dict[int, int], alone: bool) -> None:
         self._states, self._index, self._alone = states, index, alone
         self._begin()
 
@@ -331,7 +338,7 @@ class _Stage:
 
     def add(self, fill: Fill) -> int:
         """How many times the tensor's version goes up."""
-        src = -1 if fill.generator is None else self._index[fill.generator]
+        src = -1 if fill.generator is None else self._index[source.key_of(fill.generator)]
         if fill.op == "trunc_normal":  # how many words it draws depends on their values
             self.flush()
             packed = _pack(fill, _address(fill.tensor), 0, src, False)
@@ -379,8 +386,8 @@ class _Stage:
 
 def run(fills: Sequence[Fill]) -> None:
     """Do the fills as if torch had done them one by one."""
-    generators = list({f.generator: None for f in fills if f.generator is not None})
-    index = {g: i for i, g in enumerate(generators)}
+    generators = {source.key_of(f.generator): f.generator for f in fills if f.generator is not None}
+    index = {key: i for i, key in enumerate(generators)}
     bumps: list[int] = []
 
     def work(states: list[source.State]) -> None:
@@ -391,7 +398,7 @@ def run(fills: Sequence[Fill]) -> None:
         stage.flush()
 
     try:
-        source.draw(generators, work)
+        source.draw(list(generators.values()), work)
     finally:
         counters = [f.tensor if f.counter is None else f.counter for f in fills]
         written = [t for t, times in zip(counters, bumps) for _ in range(times)]

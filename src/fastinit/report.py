@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import time
 import weakref
 from collections import Counter
@@ -83,6 +84,7 @@ class Report:
     seconds: float = 0.0  # spent on writing them
     early: list[Early] = field(default_factory=list)
     reason: str = ""  # why nothing was captured, if so
+    threads: set[str] = field(default_factory=set)  # whose running kept fills from waiting
     progress: bool = False  # show a bar while writing what waited until the end
     _memories: list[_Memory] = field(default_factory=list, repr=False)
     _modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict, repr=False)
@@ -111,10 +113,10 @@ class Report:
         start = time.perf_counter()
         try:
             yield (lambda n: None) if bar is None else bar.update
-        finally:
-            self.seconds += time.perf_counter() - start
             self.written_elements += elements
             self.bytes += sum(f.items * f.tensor.element_size() for f in fills)
+        finally:
+            self.seconds += time.perf_counter() - start
             if bar is not None:
                 bar.close()
 
@@ -153,6 +155,19 @@ class Report:
         order = {name: i for i, (name, _) in enumerate(names.values())}
         return sorted(rows, key=lambda row: order.get(row.name, len(order)))
 
+    def _table(self) -> Iterator[tuple[str, ...]]:
+        """Layers that differ by numbers in their names only share a line."""
+        groups: dict[Row, list[str]] = {}
+        for row in self.rows():
+            pattern = row._replace(name=re.sub(r"\d+", "*", row.name))
+            groups.setdefault(pattern, []).append(row.name)
+        for row, names in groups.items():
+            n = len(names)
+            yield (
+                *(f"{n} x " if n > 1 else "", (row.name if n > 1 else names[0]) or "(unnamed)"),
+                *("x".join(map(str, row.shape)), str(row.dtype)[6:], ", ".join(row.written_by)),
+            )
+
     def __str__(self) -> str:
         if self.reason:
             return f"Nothing was captured: {self.reason}."
@@ -165,18 +180,16 @@ class Report:
         ]
         if self.at_once_elements:
             lines.append(f"{_count(self.at_once_elements)} more filled natively when asked for.")
-        groups = Counter(row._replace(name=re.sub(r"\d+", "*", row.name)) for row in self.rows())
-        table = [
-            (f"{n} x " if n > 1 else "", row.name or "(unnamed)", "x".join(map(str, row.shape)),
-             str(row.dtype)[6:], ", ".join(row.written_by))
-            for row, n in groups.items()
-        ]  # fmt: skip
-        lines += _columns([("", "tensor", "shape", "dtype", "written by"), *table], width)
+        if self.threads:
+            names = ", ".join(sorted(self.threads))
+            lines.append(f"Nothing waited while threads started in the block were running: {names}")
+        lines = [part for line in lines for part in textwrap.wrap(line, width)]
+        lines += _columns([("", "tensor", "shape", "dtype", "written by"), *self._table()], width)
         early: Counter[tuple[str, str]] = Counter()
         for e in self.early:
             early[e.operator, e.line] += e.elements
         if early:
-            lines.append("Written before the end, because something read or changed it:")
+            lines.append("Written before the end, since something read or changed it:")
             for (operator, line), elements in early.most_common(10):
                 lines.append(f"  {_count(elements):>8}  {operator} at {line}"[:width])
         return "\n".join(lines)
@@ -187,20 +200,17 @@ def _count(n: int) -> str:
 
 
 def _columns(rows: list[tuple[str, ...]], width: int) -> list[str]:
+    """Aligned; the second is cut at its front so that a third of the width is left for the last."""
     if len(rows) == 1:
         return []
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    most = max(12, width - sum(widths[2:4]) - widths[0] - 8 - min(widths[4], width // 3))
-    widths[1] = min(widths[1], most)
-    return [
-        "  ".join(
-            ("..." + cell[3 - w :] if len(cell) > w else cell).ljust(w)
-            for cell, w in zip(row, widths[:4])
-        )[: width - 12]
-        .__add__("  " + row[4])[:width]
-        .rstrip()
-        for row in rows
-    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    widths[1] = min(widths[1], max(12, width * 2 // 3 - widths[0] - widths[2] - widths[3] - 8))
+    lines = []
+    for row in rows:
+        cells = [("..." + cell[3 - w :]) if len(cell) > w else cell for cell, w in zip(row, widths)]
+        padded = [cell.ljust(w) for cell, w in zip(cells, widths)]
+        lines.append("  ".join((*padded, row[4]))[:width].rstrip())
+    return lines
 
 
 # ---- who asked ---------------------------------------------------------------------------------
@@ -222,7 +232,8 @@ def caller() -> tuple[str, tuple[tuple[str, Any], ...]] | None:
         return None
     code, values = found.f_code, found.f_locals
     names = [n for n in code.co_varnames[: code.co_argcount] if n in _SHOWN]
-    return code.co_name, tuple((n, values[n]) for n in names)
+    plain = [(n, values[n]) for n in names if type(values[n]) in (int, float, str, bool)]
+    return code.co_name, tuple(plain)  # no tensors, which would live as long as the report
 
 
 def _line() -> str:
@@ -243,6 +254,8 @@ def _call(fill: Written, shape: tuple[int, ...]) -> str:
         return f"{name}({', '.join(f'{x:.4g}' for x in numbers.get(fill.op, ()))})"
     name, arguments = fill.caller
     shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in arguments]
+    if name == "constant_" and not shown:  # it was a tensor
+        shown.append(f"val={fill.a:.4g}")
     if name.startswith(("kaiming", "xavier")) and len(shape) > 1:
         space = math.prod(shape[2:])
         shown.append(f"fan_in={shape[1] * space}")

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What torch's operators do to memory, as far as capture.py and model.py treat them by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastinit import plan
+
+_aten = torch.ops.aten
+PLAIN = (Tensor, nn.Parameter)  # types whose values are what is in their storage
+
+# (tensor to fill, arguments of the operator, its keywords, accepted: see plan.py)
+Build = Callable[[Tensor, Any, dict[str, Any], bool], "plan.Fill | None"]
+
+
+def _uniform(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> plan.Fill | None:
+    a = args[1] if len(args) > 1 else kwargs.get("from", 0.0)
+    b = args[2] if len(args) > 2 else kwargs.get("to", 1.0)
+    return plan.uniform(t, a, b, kwargs.get("generator"), accepted)
+
+
+def _normal(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> plan.Fill | None:
+    mean = args[1] if len(args) > 1 else kwargs.get("mean", 0.0)
+    std = args[2] if len(args) > 2 else kwargs.get("std", 1.0)
+    return plan.normal(t, mean, std, kwargs.get("generator"), accepted)
+
+
+def _value(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> plan.Fill | None:
+    """fill_, full_like, new_full: the value comes last. One that is a tensor must be written."""
+    value = args[-1]
+    if isinstance(value, Tensor):
+        if type(value) is not Tensor or not value.is_cpu or value.dim() != 0 or value.is_complex():
+            return None
+        value = value.item()
+    return plan.constant(t, value, accepted)
+
+
+def _full(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> plan.Fill | None:
+    """full without a dtype takes that of its value."""
+    given = kwargs.get("dtype") is not None or type(args[1]) is float
+    return plan.constant(t, args[1], accepted) if given else None
+
+
+def _zero(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> plan.Fill | None:
+    return plan.constant(t, 0.0, accepted)
+
+
+def _one(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> plan.Fill | None:
+    return plan.constant(t, 1.0, accepted)
+
+
+def _rand(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> plan.Fill | None:
+    return plan.uniform(t, 0.0, 1.0, None, accepted)
+
+
+def _randn(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> plan.Fill | None:
+    return plan.normal(t, 0.0, 1.0, None, accepted)
+
+
+FILLS: dict[Any, Build] = {
+    _aten.uniform_.default: _uniform,
+    _aten.normal_.default: _normal,
+    _aten.fill_.Scalar: _value,
+    _aten.fill_.Tensor: _value,
+    _aten.zero_.default: _zero,
+}
+
+_empty, _like, _new = _aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default
+EMPTY = (_empty, _like, _new, _aten.empty_strided.default, _aten.new_empty_strided.default)
+
+# Each is one of EMPTY with the same first arguments (how many), and a fill.
+FACTORIES: dict[Any, tuple[Any, int, Build]] = {
+    _aten.zeros.default: (_empty, 1, _zero),
+    _aten.ones.default: (_empty, 1, _one),
+    _aten.full.default: (_empty, 1, _full),
+    _aten.rand.default: (_empty, 1, _rand),
+    _aten.randn.default: (_empty, 1, _randn),
+    _aten.zeros_like.default: (_like, 1, _zero),
+    _aten.ones_like.default: (_like, 1, _one),
+    _aten.full_like.default: (_like, 1, _value),
+    _aten.rand_like.default: (_like, 1, _rand),
+    _aten.randn_like.default: (_like, 1, _randn),
+    _aten.new_zeros.default: (_new, 2, _zero),
+    _aten.new_ones.default: (_new, 2, _one),
+    _aten.new_full.default: (_new, 2, _value),
+}
+
+REPLACE_MEMORY = tuple(
+    getattr(packet, overload)
+    for packet in (_aten.set_, _aten.resize_, _aten.resize_as_)
+    for overload in packet.overloads()  # type: ignore[no-untyped-call]
+)
+
+
+def makes_native(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a factory makes a large tensor that can be filled natively."""
+    like = args[0] if isinstance(args[0], Tensor) else None
+    if like is not None and (type(like) not in PLAIN or not like.is_cpu):
+        return False
+    size = args[0] if like is None else args[1] if len(args) > 1 else like.shape
+    if isinstance(size, (list, tuple)) and any(type(n) is not int for n in size):
+        return False  # symbolic
+    items = (
+        math.prod(size)
+        if isinstance(size, (list, tuple))
+        else like.numel()
+        if like is not None
+        else 0
+    )
+    device, layout = kwargs.get("device"), kwargs.get("layout")
+    dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
+    return (
+        0 < items >= plan.MIN_NATIVE
+        and dtype in plan.DTYPES
+        and (device is None or torch.device(device).type == "cpu")
+        and layout in (None, torch.strided)
+        and (like is None or like.layout is torch.strided)
+        and not kwargs.get("pin_memory")
+    )
+
+
+_views: dict[Any, bool] = {}
+
+
+def is_view(func: Any) -> bool:
+    """Makes other tensors of the same memory, or turns them in place; never reads or writes it.
+
+    Operators like contiguous and reshape, which copy if they have to, reach a mode undivided in
+    inference mode; their schemas promise an alias.
+    """
+    known = _views.get(func)
+    if known is None:
+        known = False
+        if isinstance(func, torch._ops.OpOverload) and func.namespace == "aten":
+            implicit = torch._C.DispatchKey.CompositeImplicitAutograd
+            pure = func.is_view and not func._schema.is_mutable
+            pure = pure and not func.has_kernel_for_dispatch_key(implicit)
+            known = pure or torch.Tag.inplace_view in func.tags
+        _views[func] = known
+    return known
+
+
+def leaves(x: object) -> Iterator[object]:
+    """What is in nested lists, tuples and dicts."""
+    if isinstance(x, dict):
+        x = list(x.values())
+    if isinstance(x, (list, tuple)):
+        for y in x:
+            if isinstance(y, (list, tuple, dict)):
+                yield from leaves(y)
+            else:
+                yield y
+    else:
+        yield x
