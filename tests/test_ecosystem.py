@@ -27,6 +27,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 case = Cases()
 
 
+@pytest.fixture(autouse=True)
+def large_from_4096(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes here are meant so."""
+    monkeypatch.setattr(fastinit.plan, "MIN_NATIVE", 4096)
+
+
 def library(name: str) -> Any:
     """A module, or a skipped test."""
     try:

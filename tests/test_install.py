@@ -35,6 +35,12 @@ ORIGINAL = types.MappingProxyType({name: getattr(init._torch, name) for name in 
 imported = {"laws": kaiming_normal_, "other": 3}  # what users write at module level
 
 
+@pytest.fixture(autouse=True)
+def large_from_4096(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes here are meant so."""
+    monkeypatch.setattr(fastinit.plan, "MIN_NATIVE", 4096)
+
+
 def bindings() -> dict[tuple[str, str], int]:
     """Every module-level name of torch, transformers and this module, by identity."""
     return {

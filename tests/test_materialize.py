@@ -27,6 +27,12 @@ Make = Callable[[], nn.Module]
 Fn = Callable[[nn.Module], Any]
 
 
+@pytest.fixture(autouse=True)
+def large_from_4096(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes here are meant so."""
+    monkeypatch.setattr(fastinit.plan, "MIN_NATIVE", 4096)
+
+
 def on_meta(make: Make) -> nn.Module:
     with torch.device("meta"):
         return make()

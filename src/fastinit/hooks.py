@@ -22,16 +22,15 @@ from fastinit import init, plan
 
 FUNCTIONS = tuple(name for name in init.__all__ if name.endswith("_"))
 # Ways to a tensor's values that no operator announces, and to its address, after which anybody may
-# read or write it at any time.
-_READS = ("__reduce_ex__", "__repr__", "tolist", "apply_", "map_", "map2_")
-_EXPOSES = (
-    *("__array__", "__dlpack__", "data_ptr", "numpy", "const_data_ptr", "share_memory_"),
-    *("storage", "_typed_storage", "untyped_storage"),
-)
+# read or write it at any time. Others (__array__, storage, share_memory_, pickling) go by these.
+_READS = ("__repr__", "tolist", "apply_", "map_", "map2_")
+_EXPOSES = ("__dlpack__", "const_data_ptr", "data_ptr", "numpy", "untyped_storage")
 
 
 def _active() -> Any:
     """What wants to know in this thread: a Capture, or a walk of `record`."""
+    if _users == 0:
+        return None
     recorder: Any = plan.this_thread.recorder
     return recorder if recorder is not None and recorder.modes else None
 
@@ -127,30 +126,20 @@ _METHODS: list[tuple[Any, str, _Wrap]] = [
     (threading.Thread, "start", _starting),
     (ThreadPoolExecutor, "submit", _submitting),
 ]
-_wrapped: dict[
-    tuple[Any, str], tuple[Any, Any]
-] = {}  # kept: a block of ten small layers takes only 3 ms
-_patches: list[tuple[Any, str, Any, bool]] = []  # owner, name, what was there and if inherited
+_wrappers: dict[tuple[Any, str], Any] = {}
 
 
 def _hook_methods() -> None:
+    """Wrap what is not, or no longer, wrapped.
+
+    This stays after the block: every change of a class makes the interpreter forget what it has
+    learnt about code that uses it, which doubled the time of a block of ten small layers.
+    """
     for owner, name, wrap in _METHODS:
-        original, key = getattr(owner, name), (owner, name)
-        if key not in _wrapped or _wrapped[key][0] is not original:  # somebody patched it
-            _wrapped[key] = original, wrap(original)
-        _patches.append((owner, name, original, name not in vars(owner)))
-        setattr(owner, name, _wrapped[key][1])
-
-
-def _unhook_methods() -> None:
-    while _patches:
-        owner, name, original, inherited = _patches.pop()
-        if vars(owner).get(name) is not _wrapped[owner, name][1]:
-            continue  # somebody patched it in the block, and may keep it
-        if inherited:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
+        current = vars(owner).get(name)
+        if current is None or current is not _wrappers.get((owner, name)):
+            wrapper = _wrappers[owner, name] = wrap(getattr(owner, name))
+            setattr(owner, name, wrapper)
 
 
 # ---- functions -----------------------------------------------------------------------------------
@@ -190,17 +179,14 @@ def _replace(modules: Iterable[object], by: dict[int, Any]) -> None:
                         value[key] = by[id(item)]
 
 
-def _of_torch() -> list[object]:
-    """Where torch itself has the functions."""
-    return [
-        module
-        for path, module in list(sys.modules.items())
-        if (path == "torch.nn.init" or path.startswith("torch.nn.modules."))
-        and any(id(value) in _to_ours for value in vars(module).values())
-    ]
-
-
-_torch_modules = _of_torch()
+# Where torch itself has the functions.
+_TORCH: list[tuple[ModuleType, str, Any, Any]] = [
+    (module, name, value, _to_ours[id(value)])
+    for path, module in list(sys.modules.items())
+    if path == "torch.nn.init" or path.startswith("torch.nn.modules.")
+    for name, value in vars(module).items()
+    if id(value) in _to_ours
+]
 _lock = threading.RLock()
 _users = 0  # of `hooked`
 _installed = 0  # times
@@ -236,20 +222,28 @@ def hooked() -> Iterator[None]:
 def _hook() -> None:
     global _modules_before
     _modules_before = len(sys.modules)
-    _replace(_torch_modules, _to_ours)
+    _hook_torch()
     _hook_methods()
     _handles.append(nn_module.register_module_parameter_registration_hook(_registered))
     _handles.append(nn_module.register_module_buffer_registration_hook(_registered))
     _handles.append(nn_module.register_module_module_registration_hook(_registered))
 
 
+def _hook_torch() -> None:
+    for module, name, original, ours in _TORCH:
+        if vars(module).get(name) is original:
+            setattr(module, name, ours)
+
+
 def _unhook() -> None:
     while _handles:
         _handles.pop().remove()
-    _unhook_methods()
     if _installed == 0:
-        _replace(_torch_modules, _to_torch)
-        _replace(list(sys.modules.values())[_modules_before:], _to_torch)  # loaded in the block
+        for module, name, original, ours in _TORCH:
+            if vars(module).get(name) is ours:
+                setattr(module, name, original)
+        if len(sys.modules) > _modules_before:  # loaded in the block
+            _replace(list(sys.modules.values())[_modules_before:], _to_torch)
 
 
 def install() -> None:
@@ -269,4 +263,4 @@ def uninstall() -> None:
         if _installed == 0:
             _replace(list(sys.modules.values()), _to_torch)
             if _users > 0:  # a block goes on
-                _replace(_torch_modules, _to_ours)
+                _hook_torch()

@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from fastinit import backend, source
 
-MIN_NATIVE = 4096  # single calls on fewer elements go to torch, whose call costs less
+MIN_NATIVE = 8192  # single calls on fewer elements go to torch, whose call costs less
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _LARGEST = {torch.float16: 3e4}  # |parameters| up to here cannot leave the dtype's range,
