@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["init", "model", "plan", "probe", "source"])
+@pytest.mark.parametrize("name", ["init", "block", "model", "plan", "probe", "source"])
 def test_docstring_examples(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"fastinit.{name}")).failed == 0
 
@@ -20,6 +20,12 @@ def test_readme_is_short_and_has_the_commands() -> None:
     assert len(lines) <= 150
     assert "pip install . && python -m fastinit demo" in lines
     assert "pip install '.[test]' && pytest" in lines
+
+
+def test_the_blocks_docstring_is_tried() -> None:
+    from fastinit import block
+
+    assert doctest.testmod(block).attempted >= 3
 
 
 def test_benchmark_cases_agree_with_torch() -> None:

@@ -2,7 +2,8 @@
 """torch.nn.init, faster, with the same numbers.
 
 Every public name of `torch.nn.init` is here with the same signature and gives the same bits from
-the same generator state. `Plan` and `init_model_` fill many tensors in one threaded pass.
+the same generator state. In `with fused():` whatever is initialised is written once, at the end, in
+one threaded pass.
 """
 
 from fastinit.block import fused as fused
@@ -47,4 +48,4 @@ __all__ = [  # torch's own come first
     *("Plan", "Report", "fused", "init_model_", "install", "installed", "materialize_", "record"),
     "uninstall",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

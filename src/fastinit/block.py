@@ -84,18 +84,22 @@ class _Block:
         self._capture = Capture(report)
         for t in adopted:
             self._capture.adopt(t)
-        self._before = plan.set_recorder(self._capture)
         self._hooks = hooks.hooked()
         self._hooks.__enter__()
+        self._before = plan.set_recorder(self._capture)
         self._capture.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
         try:
-            self._capture.close()
+            try:
+                try:
+                    self._capture.close()
+                finally:
+                    self._capture.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            finally:
+                plan.set_recorder(self._before)
         finally:
-            self._capture.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._hooks.__exit__(None, None, None)
-            plan.set_recorder(self._before)
 
 
 def _why_not() -> str:

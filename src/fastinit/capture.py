@@ -50,11 +50,13 @@ class _Memory:
         first = self.fills[0]
         return plan.is_dense(first) and first.extent == (0, plan.storage_of(t).nbytes())
 
-    def settled(self, nbytes: int) -> None:
-        """The fills have been written."""
+    def settled(self) -> None:
+        """The fills have been written; nothing is left of those below them."""
         for fill in self.fills:
-            if plan.is_dense(fill) and fill.extent == (0, nbytes):
-                self.written.clear()
+            begin, end = fill.extent
+            if plan.is_dense(fill) or self.written[-1:] == [Written.of(fill)]:
+                kept = (w for w in self.written if w.extent[0] < begin or end < w.extent[1])
+                self.written = list(kept)
             self.written.append(Written.of(fill))
         self.fills = []
 
@@ -156,7 +158,8 @@ class Capture(Mode):
             if memory.is_dead():
                 del self._known[key]
                 self._forget(memory)
-        self._purge_at = max(1024, 2 * len(self._known))
+        self._exposed = [memory for memory in self._exposed if not memory.is_dead()]
+        self._purge_at = max(1024, 2 * len(self._known) + len(self._exposed))
 
     def _memory_of(self, t: Any) -> _Memory | None:
         """Of a plain tensor that may wait."""
@@ -376,8 +379,8 @@ class Capture(Mode):
                 for piece in _pieces(stage, self.report.progress and reader is None):
                     plan.run_ahead(piece)
                     done(sum(fill.items for fill, _ in piece))
-        for storage, memory in todo:
-            memory.settled(storage.nbytes())
+        for _, memory in todo:
+            memory.settled()
             self._pending.pop(memory.key, None)
 
     def close(self) -> None:
@@ -414,6 +417,8 @@ class Capture(Mode):
             del self._known[memory.key]
             if memory.written:
                 self._exposed.append(memory)
+                if len(self._known) + len(self._exposed) > self._purge_at:
+                    self._purge()
 
     def before(self, other: Thread | Future[Any] | None) -> None:
         """Another thread may run what the block gives it, until it ends."""

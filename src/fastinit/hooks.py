@@ -119,7 +119,6 @@ _METHODS: list[tuple[Any, str, _Wrap]] = [
     *((Tensor, name, _reading) for name in _READS),
     *((Tensor, name, _exposing) for name in _EXPOSES if hasattr(Tensor, name)),
     (torch.utils.dlpack, "to_dlpack", _exposing),
-    (torch, "to_dlpack", _exposing),
     (torch.jit, "save", _saving),
     (torch.jit._script.RecursiveScriptModule, "save", _saving),
     (torch.jit._script.RecursiveScriptModule, "save_to_buffer", _saving),
@@ -138,8 +137,13 @@ def _hook_methods() -> None:
     for owner, name, wrap in _METHODS:
         current = vars(owner).get(name)
         if current is None or current is not _wrappers.get((owner, name)):
-            wrapper = _wrappers[owner, name] = wrap(getattr(owner, name))
+            original = getattr(owner, name)
+            wrapper = _wrappers[owner, name] = wrap(original)
             setattr(owner, name, wrapper)
+            if isinstance(owner, ModuleType):  # others have imported it
+                for module in list(sys.modules.values()):
+                    if getattr(module, "__dict__", {}).get(name) is original:
+                        setattr(module, name, wrapper)
 
 
 # ---- functions -----------------------------------------------------------------------------------

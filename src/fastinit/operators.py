@@ -126,6 +126,7 @@ def makes_native(args: Any, kwargs: dict[str, Any]) -> bool:
 
 
 _views: dict[Any, bool] = {}
+_UNSAID = {f"aten::unsafe_{name}" for name in ("split", "split_with_sizes", "chunk")}
 
 
 def is_view(func: Any) -> bool:
@@ -141,6 +142,7 @@ def is_view(func: Any) -> bool:
             implicit = torch._C.DispatchKey.CompositeImplicitAutograd
             pure = func.is_view and not func._schema.is_mutable
             pure = pure and not func.has_kernel_for_dispatch_key(implicit)
+            pure = pure or func._schema.name in _UNSAID
             known = pure or torch.Tag.inplace_view in func.tags
         _views[func] = known
     return known

@@ -56,11 +56,14 @@ class Written(NamedTuple):
     b: float
     items: int
     dtype: torch.dtype
+    extent: tuple[int, int]
     caller: tuple[str, tuple[tuple[str, object], ...]] | None
 
     @classmethod
     def of(cls, fill: Fill) -> Written:
-        return cls(fill.op, fill.a, fill.b, fill.items, fill.tensor.dtype, fill.caller)
+        return cls(
+            *(fill.op, fill.a, fill.b, fill.items, fill.tensor.dtype, fill.extent, fill.caller)
+        )
 
 
 class _Memory(Protocol):
