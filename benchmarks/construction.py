@@ -5,8 +5,10 @@
 
 NAME selects the models whose name contains it; `overhead` is the table of single calls. Every model
 is first built both ways and compared, bits and generator, which is also the warm-up. Then both ways
-take turns, the order changing every round, and medians are compared. --memory builds each once more
-in a process of its own and gives the highest resident memory of that process, imports included.
+take turns, the order changing every round, and medians are compared. "memory" is the time to
+allocate tensors of the same sizes and write them with all threads and nothing to compute. --memory
+builds each once more in a process of its own and gives the highest resident memory of that process,
+imports included.
 """
 
 from __future__ import annotations
@@ -67,9 +69,9 @@ class Row:
 
     def cells(self, memory: bool) -> list[str]:
         if self.skipped:
-            return [self.name, f"skipped: {self.skipped}", "", "", "", f"{self.goal:g}"]
+            return [self.name, f"skipped: {self.skipped}", "", "", "", "", f"{self.goal:g}"]
         size = f"{self.millions:.1f} M" if self.millions >= 0.1 else f"{self.millions * 1e3:.0f} k"
-        times = [duration(self.seconds[way]) for way in WAYS]
+        times = [duration(self.seconds[way]) for way in (*WAYS, "memory")]
         cells = [self.name, size, *times, f"{self.ratio:.2f}", f"{self.goal:g}"]
         return cells + [f"{self.peaks[way] / 1024:.0f} MiB" for way in WAYS] if memory else cells
 
@@ -253,6 +255,18 @@ def seconds(case: Case, way: str) -> float:
     return taken / case.calls
 
 
+def touch(like: list[tuple[torch.Size, torch.dtype]]) -> float:
+    """What nobody can go below: as many tensors of the same sizes, with nothing to compute."""
+    gc.collect()
+    start = time.perf_counter()
+    with fastinit.fused():
+        made = [torch.empty(shape, dtype=dtype).fill_(0.7) for shape, dtype in like]
+    taken = time.perf_counter() - start
+    del made
+    gc.collect()
+    return taken
+
+
 def peak(case: Case, way: str) -> int:
     command = [sys.executable, __file__, "--peak", way, case.name]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -271,10 +285,13 @@ def measure(case: Case, memory: bool) -> Row:
     except ImportError as error:
         row.skipped = str(error)
         return row
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    model = case.make()
+    like = [(p.shape, p.dtype) for p in model.parameters()]
+    del model
+    times: dict[str, list[float]] = {way: [] for way in (*WAYS, "memory")}
     for turn in range(case.rounds):
-        for way in list(WAYS)[:: 1 if turn % 2 == 0 else -1]:
-            times[way].append(seconds(case, way))
+        for way in list(times)[:: 1 if turn % 2 == 0 else -1]:
+            times[way].append(seconds(case, way) if way in WAYS else touch(like))
     row.seconds = {way: statistics.median(t) for way, t in times.items()}
     if memory:
         row.peaks = {way: peak(case, way) for way in WAYS}
@@ -389,7 +406,7 @@ def main() -> None:
     rows: list[Row] = []
     chosen = [c for c in CASES if selected(c.name)]
     if chosen:
-        titles = ["model", "parameters", *WAYS, "ratio", "goal"]
+        titles = ["model", "parameters", *WAYS, "memory", "ratio", "goal"]
         titles += [f"peak, {way}" for way in WAYS] if options.memory else []
         print(line(titles), line(["---"] * len(titles)), sep="\n")
         for case in chosen:

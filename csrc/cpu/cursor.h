@@ -22,6 +22,10 @@ class Cursor {
  public:
   explicit Cursor(const Target& target) : target_(target), words_(new Words) {}
 
+  Cursor(const Cursor& other)
+      : target_(other.target_), words_(new Words(*other.words_)), state_(other.state_) {}
+  Cursor(Cursor&&) = default;
+
   Words& at(const TorchState* state, uint64_t position) {
     if (state != state_ || position < words_->base) open(state);
     Words& w = *words_;

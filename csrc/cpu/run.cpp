@@ -26,9 +26,9 @@ constexpr uint64_t kSparseTile = 64;        // columns
 constexpr double kThreadWorth = 150e3;      // ns of work that pay for starting a thread
 constexpr uint64_t kStreamBytes = 8 << 20;  // larger plans bypass the caches
 constexpr uint64_t kHugePage = 2 << 20;
-constexpr double kTouchCost = 0.17;  // ns per byte of fresh memory in huge pages
+constexpr double kTouchCost = 0.17;     // ns per byte of fresh memory in huge pages
 constexpr uint64_t kTouched = 1 << 20;  // bytes; less is not worth three system calls
-constexpr int64_t kCursors = 16;     // of a worker; sources beyond that share them
+constexpr int64_t kCursors = 16;        // of a worker; sources beyond that share them
 
 uint64_t tile_of(const FillDesc& d) { return d.op == Op::sparse_mask ? kSparseTile : kTile; }
 
@@ -149,9 +149,11 @@ void ask_for_huge_pages(std::vector<std::pair<uint64_t, uint64_t>> fresh) {
     for (++i; i < fresh.size() && fresh[i].first <= end + kGap; ++i) {
       end = std::max(end, fresh[i].second);
     }
-    begin = (begin + kHugePage - 1) / kHugePage * kHugePage;
-    end = end / kHugePage * kHugePage;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    // Rounded outwards: what else lies in the first and the last page is, in most cases, the next
+    // tensor. The kernel makes no huge page across the border of a mapping.
+    begin = begin / kHugePage * kHugePage;
+    end = (end + kHugePage - 1) / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   }
 #else
   fresh.clear();
@@ -324,16 +326,25 @@ uint64_t run_trunc(const Target& target, const FillDesc& d, TorchState* state,
       uint64_t left = 1;
       for (size_t round = 0; left != 0; ++round) {
         if (interrupt.raised(worker)) return;
-        if (round == rounds.size()) rounds.emplace_back(target);
+        if (round == rounds.size()) {  // from where the round before has got to, it is not far
+          if (round == 0) {
+            rounds.emplace_back(target);
+          } else {
+            rounds.push_back(Cursor(rounds[round - 1]));
+          }
+        }
         Words& w = rounds[round].at(state, start + round * round_words + begin * per_item);
         left = target.trunc_round(d, w, begin, end, pending.data(), round == 0);
       }
     }
   });
   if (interrupt.raised(-1)) return 0;
-  size_t total = 0;
-  for (const auto& rounds : cursors) total = std::max(total, rounds.size());
-  Cursor(target).close(state, start + total * round_words);
+  std::vector<Cursor>* longest = &cursors[0];
+  for (auto& rounds : cursors) {
+    if (rounds.size() >= longest->size()) longest = &rounds;
+  }
+  const uint64_t total = longest->size();
+  longest->back().close(state, start + total * round_words);
   return total;
 }
 
