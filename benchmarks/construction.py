@@ -5,7 +5,9 @@
 
 NAME selects the models whose name contains it; `overhead` is the table of single calls. Every model
 is first built both ways and compared, bits and generator, which is also the warm-up. Then both ways
-take turns, the order changing every round, and medians are compared. "memory" is the time to
+take turns, the order changing every round, and medians are compared. In its turn a way runs twice
+and the second run counts: a virtual machine may take back memory that was free for two seconds, and
+giving it again costs up to a second per GB, whoever touches it. "memory" is the time to
 allocate tensors of the same sizes and write them with all threads and nothing to compute. --memory
 builds each once more in a process of its own and gives the highest resident memory of that process,
 imports included.
@@ -291,7 +293,9 @@ def measure(case: Case, memory: bool) -> Row:
     times: dict[str, list[float]] = {way: [] for way in (*WAYS, "memory")}
     for turn in range(case.rounds):
         for way in list(times)[:: 1 if turn % 2 == 0 else -1]:
-            times[way].append(seconds(case, way) if way in WAYS else touch(like))
+            for _ in range(2):
+                taken = seconds(case, way) if way in WAYS else touch(like)
+            times[way].append(taken)
     row.seconds = {way: statistics.median(t) for way, t in times.items()}
     if memory:
         row.peaks = {way: peak(case, way) for way in WAYS}
