@@ -37,8 +37,8 @@ def library(name: str) -> Any:
     """A module, or a skipped test."""
     try:
         return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:  # torchvision beside a torch it was not built for
-        pytest.skip(f"{name} is not usable here: {error}")
+    except ImportError as error:
+        pytest.skip(f"{name} is not installed: {error}")
 
 
 @pytest.mark.parametrize("name", case)
@@ -123,46 +123,6 @@ def default_dtype(b: Block) -> Any:
         return nn.Transformer(64, 4, 1, 1, 96), torch.randn(70, 70), nn.Conv2d(16, 32, 3)
     finally:
         torch.set_default_dtype(F32)
-
-
-# ---- timm ----
-
-
-@case
-def timm_vit(b: Block) -> Any:
-    timm = library("timm")
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
-    return [
-        timm.create_model("vit_tiny_patch16_224", weight_init=scheme, num_classes=70, **options)
-        for scheme in ("", "jax", "moco")
-    ]
-
-
-@case
-def timm_swin(b: Block) -> Any:
-    timm = library("timm")
-    options = {"img_size": 56, "embed_dim": 32, "depths": (1, 1), "num_heads": (2, 4)}
-    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=70, **options)
-    model.reset_classifier(90)
-    return model
-
-
-@case
-def timm_mobilenet(b: Block) -> Any:
-    return library("timm").create_model("mobilenetv3_small_050", num_classes=70)
-
-
-# ---- torchvision ----
-
-
-@case
-def torchvision_models(b: Block) -> Any:
-    models = library("torchvision.models")
-    resnet = models.ResNet(
-        models.resnet.Bottleneck, [1, 1, 1, 1], 70, zero_init_residual=True, width_per_group=16
-    )
-    vit = models.VisionTransformer(32, 8, 2, 4, 64, 96, num_classes=70)
-    return resnet, vit, models.mobilenet_v3_small(width_mult=0.25, num_classes=70)
 
 
 # ---- diffusers ----

@@ -305,6 +305,9 @@ class _Walk(Mode):
     def before(self, other: object) -> None:
         """A thread starts. What it does is not seen."""
 
+    def settle(self, how: str) -> None:
+        self._refuse(how)
+
     @staticmethod
     def _refuse(what: object) -> NoReturn:
         raise RuntimeError(
