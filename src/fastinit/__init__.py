@@ -37,9 +37,9 @@ from fastinit.init import zeros_ as zeros_
 from fastinit.install import install as install
 from fastinit.install import installed as installed
 from fastinit.install import uninstall as uninstall
+from fastinit.materialize import materialize_ as materialize_
 from fastinit.model import Plan as Plan
 from fastinit.model import init_model_ as init_model_
-from fastinit.model import materialize_ as materialize_
 from fastinit.model import record as record
 from fastinit.report import Report as Report
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastinit import operators, plan, probe, source
+from fastinit.mode import Mode
 from fastinit.operators import PLAIN, leaves
 from fastinit.report import Report, Written, caller
 
@@ -66,39 +66,6 @@ def _is_all(t: Tensor) -> bool:
     if not t.is_contiguous() or t.is_neg() or t.is_conj():
         return False
     return t.numel() * t.element_size() == plan.storage_of(t).nbytes()
-
-
-def _hide_from_dynamo(function: Any) -> bool:
-    """Keep torch.compile from tracing a mode's code, without loading torch._dynamo."""
-    try:
-        frames: Any = torch._C._dynamo.eval_frame
-        skip = frames._FrameAction.SKIP
-        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
-    except (AttributeError, TypeError):  # another torch
-        return False
-    return True
-
-
-class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode whose first operator does not load a compiler.
-
-    torch wraps __torch_dispatch__ so that torch.compile leaves it alone, which takes an import of
-    more than a second at the first operator; this gets the same done beforehand.
-    """
-
-    supports_higher_order_operators = True
-    _hidden = False
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __init_subclass__(cls) -> None:
-        cls._hidden = _hide_from_dynamo(cls.__torch_dispatch__)
-        super().__init_subclass__()  # type: ignore[no-untyped-call]
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return not cls._hidden
 
 
 class Capture(Mode):

@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastinit import block, hooks, init, plan, probe, source
-from fastinit.capture import Capture, Mode
-from fastinit.operators import EMPTY, FACTORIES, FILLS, PLAIN, is_view, leaves
+from fastinit.capture import Capture
+from fastinit.mode import Mode
+from fastinit.operators import EMPTY, FACTORIES, FILLS, OVERWRITING, PLAIN, is_view, leaves
 
 _MOVED = (
     "a tensor of the plan has other memory or another shape than when it was recorded; record the "
@@ -111,10 +110,10 @@ class Plan:
         return record
 
 
-_Fn = Callable[[nn.Module], object]
+Fn = Callable[[nn.Module], object]
 
 
-def init_model_(model: nn.Module, fn: _Fn | None = None) -> nn.Module:
+def init_model_(model: nn.Module, fn: Fn | None = None) -> nn.Module:
     """Initialise all of a model's parameters in one pass; same numbers as one by one.
 
     Args:
@@ -130,14 +129,14 @@ def init_model_(model: nn.Module, fn: _Fn | None = None) -> nn.Module:
     may wait although they are older than the block: memory that somebody knows from before (a numpy
     array over a parameter, another thread) must not be read while this runs.
     """
-    if _is_recording_a_plan():
+    if is_recording_a_plan():
         raise RuntimeError("init_model_ cannot be part of a Plan that is being recorded")
     with block.adopting((*model.parameters(), *model.buffers())):
-        _apply(model, fn)
+        apply(model, fn)
     return model
 
 
-def record(model: nn.Module, fn: _Fn | None = None) -> Plan:
+def record(model: nn.Module, fn: Fn | None = None) -> Plan:
     """What `init_model_(model, fn)` would do, as a Plan that does it again and again.
 
     Args:
@@ -161,7 +160,7 @@ def record(model: nn.Module, fn: _Fn | None = None) -> Plan:
     plan.set_recorder(walk := _Walk(made, tensors))
     try:
         with hooks.hooked(), walk:
-            _apply(model, fn)
+            apply(model, fn)
     finally:
         plan.set_recorder(None)
         # In-place operators have counted up, though nothing was written.
@@ -172,96 +171,20 @@ def record(model: nn.Module, fn: _Fn | None = None) -> Plan:
     return made
 
 
-def materialize_(
-    model: nn.Module,
-    device: torch.device | str | int | None = None,
-    dtype: torch.dtype | None = None,
-    fn: _Fn | None = None,
-) -> nn.Module:
-    """Give a model's meta tensors memory, and initialise it in one pass.
-
-    Args:
-        model: any module; parameters and buffers that are not on the meta device stay as they are
-        device: where the memory is taken (default: torch's default device; the CPU if that is meta)
-        dtype: of the floating-point tensors (default: as they are)
-        fn: as for `init_model_`; by default only modules all of whose tensors were on the meta
-            device are reset
-
-    Returns:
-        `model`. Tied tensors stay tied; parameters are new objects, as after `to_empty`.
-
-    Warns:
-        UserWarning: `fn` did not write all of a tensor, for example a buffer that only a
-            constructor computes. Such tensors are left on the meta device and named.
-    """
-    if _is_recording_a_plan():
-        raise RuntimeError("materialize_ cannot be part of a Plan that is being recorded")
-    with block.fused():
-        slots = [slot for path, m in model.named_modules() for slot in _meta_slots(path, m)]
-        memory: dict[tuple[object, ...], Tensor] = {}
-        new: dict[int, Tensor] = {}  # tied tensors are one object
-        for _, m, name, old in slots:
-            if id(old) not in new:
-                new[id(old)] = _materialized(old, device, dtype, memory)
-            setattr(m, name, new[id(old)])
-        memory.clear()
-        missing = []
-        watch = _Watch(new.values())
-        try:
-            with _watching(watch):
-                _apply(model, fn or functools.partial(_reset_new, {id(t) for t in new.values()}))
-        finally:
-            for path, m, name, old in slots:
-                if getattr(m, name, None) is new[id(old)] and not watch.is_written(new[id(old)]):
-                    setattr(m, name, old)
-                    missing.append(path)
-    if missing:
-        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" * (len(missing) > 10))
-        warnings.warn(
-            f"{len(missing)} tensors were not initialised completely and stay on the meta device: "
-            f"{shown}. Pass a `fn` that initialises them, or set them yourself.",
-            stacklevel=2,
-        )
-    return model
-
-
-def _is_recording_a_plan() -> bool:
+def is_recording_a_plan() -> bool:
     return not isinstance(plan.this_thread.recorder, Capture | None)
 
 
-def _apply(model: nn.Module, fn: _Fn | None) -> None:
-    model.apply(cast("Callable[[nn.Module], None]", fn or _reset))
+def apply(model: nn.Module, fn: Fn | None) -> None:
+    model.apply(cast("Callable[[nn.Module], None]", fn or reset))
 
 
-def _reset(module: nn.Module) -> None:
+def reset(module: nn.Module) -> None:
     for name in ("reset_parameters", "_reset_parameters"):
         reset = getattr(module, name, None)
         if callable(reset):
             reset()
             break
-
-
-def _reset_new(new: set[int], module: nn.Module) -> None:
-    """Reset a module, unless that would overwrite what was there before."""
-    if all(id(t) in new for t in (*module.parameters(), *module.buffers())):
-        _reset(module)
-
-
-@contextmanager
-def _watching(watch: _Watch) -> Iterator[None]:
-    """Put a mode on top of the block's, which goes on to take fills without operators."""
-    capture = plan.this_thread.recorder
-    if not isinstance(capture, Capture):
-        with watch:
-            yield
-        return
-    before = capture.watch, capture.modes
-    capture.watch, capture.modes = watch.note, capture.modes + 1
-    try:
-        with watch:
-            yield
-    finally:
-        capture.watch, capture.modes = before
 
 
 # ---- record --------------------------------------------------------------------------------------
@@ -330,7 +253,7 @@ class _Walk(Mode):
         keys = [plan.storage_id(t) for t in tensors if t.layout is torch.strided]
         written = [key in self._written for key in keys]
         inplace = torch.Tag.inplace in func.tags and len(keys) > 0
-        if inplace and func._schema.name in _OVERWRITING and keys[0] not in self._constants:
+        if inplace and func._schema.name in OVERWRITING and keys[0] not in self._constants:
             t = tensors[0]
             whole = t.numel() * t.element_size() == plan.storage_of(t).nbytes()
             if whole and (random or any(written)):  # a temporary that the plan makes each time
@@ -362,96 +285,3 @@ def _is_simple(t: Tensor) -> bool:
     if t.layout is not torch.strided:
         return False
     return type(t) in PLAIN or type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
-
-
-# ---- materialize_ --------------------------------------------------------------------------------
-
-# In-place operators whose result does not depend on what was there.
-_OVERWRITING = frozenset(
-    f"aten::{name}_"
-    for name in (
-        *("uniform", "normal", "fill", "zero", "copy", "random", "bernoulli", "exponential"),
-        *("log_normal", "cauchy", "geometric", "_foreach_copy", "_foreach_zero"),
-    )
-)
-_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _meta_slots(path: str, m: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Full name, and where it is to be set."""
-    for name, t in (*m._parameters.items(), *m._buffers.items()):
-        if t is not None and t.is_meta and not nn.parameter.is_lazy(t):
-            yield f"{path}.{name}".lstrip("."), m, name, t
-
-
-def _materialized(
-    old: Tensor,
-    device: torch.device | str | int | None,
-    dtype: torch.dtype | None,
-    memory: dict[tuple[object, ...], Tensor],
-) -> Tensor:
-    """A tensor like `old` with memory, shared with those that shared `old`'s."""
-    key = (plan.storage_id(old), old.dtype)
-    if key not in memory:
-        kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
-        default = torch.get_default_device()
-        where = ("cpu" if default.type == "meta" else default) if device is None else device
-        items = plan.storage_of(old).nbytes() // old.element_size()
-        memory[key] = torch.empty(items, dtype=kind, device=where)
-    new = memory[key].as_strided(old.shape, old.stride(), old.storage_offset())
-    if isinstance(old, nn.Parameter):
-        return nn.Parameter(new, old.requires_grad)
-    return new.detach().requires_grad_(old.requires_grad)
-
-
-class _Watch(Mode):
-    """Sees which elements of some tensors are written at all."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._missing = {plan.storage_id(t) for t in tensors if t.numel() != 0}
-        self._partly: dict[int, Tensor] = {}  # storage -> -1 in each byte that is written
-
-    def is_written(self, t: Tensor) -> bool:
-        key = plan.storage_id(t)
-        if key not in self._missing:
-            return True
-        return key in self._partly and bool((self._marks(t) == _MARK[t.element_size()]).all())
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        schema = getattr(func, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            out = [kwargs.get(x.name) for x in schema.arguments if x.is_out]
-            if schema.name in _OVERWRITING:
-                out.append(args[0])
-            for t in leaves(out):
-                if isinstance(t, Tensor):
-                    self.note(t)
-        return result
-
-    def note(self, t: Tensor) -> None:
-        """All of this has been written."""
-        if type(t) not in PLAIN or t.layout is not torch.strided:
-            return
-        key = plan.storage_id(t)
-        if key in self._missing:
-            if t.numel() * t.element_size() == plan.storage_of(t).nbytes():
-                self._missing.remove(key)
-            else:
-                self._marks(t).fill_(_MARK[t.element_size()])
-
-    def _marks(self, t: Tensor) -> Tensor:
-        """What stands for a tensor's elements in the marks of its storage."""
-        marks = self._partly.get(plan.storage_id(t))
-        if marks is None:
-            marks = torch.zeros(plan.storage_of(t).nbytes(), dtype=torch.uint8, device="cpu")
-            self._partly[plan.storage_id(t)] = marks
-        marks = marks.view(_BYTES[t.element_size()])
-        return marks.as_strided(t.shape, t.stride(), t.storage_offset())
-
-
-_MARK = {1: 255, 2: -1, 4: -1, 8: -1}

@@ -91,6 +91,15 @@ FACTORIES: dict[Any, tuple[Any, int, Build]] = {
     _aten.new_full.default: (_new, 2, _value),
 }
 
+# In-place operators whose result does not depend on what was there.
+OVERWRITING = frozenset(
+    f"aten::{name}_"
+    for name in (
+        *("uniform", "normal", "fill", "zero", "copy", "random", "bernoulli", "exponential"),
+        *("log_normal", "cauchy", "geometric", "_foreach_copy", "_foreach_zero"),
+    )
+)
+
 REPLACE_MEMORY = tuple(
     getattr(packet, overload)
     for packet in (_aten.set_, _aten.resize_, _aten.resize_as_)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""materialize_: from the meta device to memory that is written once."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastinit import block, plan
+from fastinit.capture import Capture
+from fastinit.mode import Mode
+from fastinit.model import Fn, apply, is_recording_a_plan, reset
+from fastinit.operators import OVERWRITING, PLAIN, leaves
+
+
+def materialize_(
+    model: nn.Module,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
+    fn: Fn | None = None,
+) -> nn.Module:
+    """Give a model's meta tensors memory, and initialise it in one pass.
+
+    Args:
+        model: any module; parameters and buffers that are not on the meta device stay as they are
+        device: where the memory is taken (default: torch's default device; the CPU if that is meta)
+        dtype: of the floating-point tensors (default: as they are)
+        fn: as for `init_model_`; by default only modules all of whose tensors were on the meta
+            device are reset
+
+    Returns:
+        `model`. Tied tensors stay tied; parameters are new objects, as after `to_empty`.
+
+    Warns:
+        UserWarning: `fn` did not write all of a tensor, for example a buffer that only a
+            constructor computes. Such tensors are left on the meta device and named.
+    """
+    if is_recording_a_plan():
+        raise RuntimeError("materialize_ cannot be part of a Plan that is being recorded")
+    with block.fused():
+        slots = [slot for path, m in model.named_modules() for slot in _meta_slots(path, m)]
+        memory: dict[tuple[object, ...], Tensor] = {}
+        new: dict[int, Tensor] = {}  # tied tensors are one object
+        for _, m, name, old in slots:
+            if id(old) not in new:
+                new[id(old)] = _materialized(old, device, dtype, memory)
+            setattr(m, name, new[id(old)])
+        memory.clear()
+        missing = []
+        watch = _Watch(new.values())
+        try:
+            with _watching(watch):
+                apply(model, fn or functools.partial(_reset_new, {id(t) for t in new.values()}))
+        finally:
+            for path, m, name, old in slots:
+                if getattr(m, name, None) is new[id(old)] and not watch.is_written(new[id(old)]):
+                    setattr(m, name, old)
+                    missing.append(path)
+    if missing:
+        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" * (len(missing) > 10))
+        warnings.warn(
+            f"{len(missing)} tensors were not initialised completely and stay on the meta device: "
+            f"{shown}. Pass a `fn` that initialises them, or set them yourself.",
+            stacklevel=2,
+        )
+    return model
+
+
+def _reset_new(new: set[int], module: nn.Module) -> None:
+    """Reset a module, unless that would overwrite what was there before."""
+    if all(id(t) in new for t in (*module.parameters(), *module.buffers())):
+        reset(module)
+
+
+@contextmanager
+def _watching(watch: _Watch) -> Iterator[None]:
+    """Put a mode on top of the block's, which goes on to take fills without operators."""
+    capture = plan.this_thread.recorder
+    if not isinstance(capture, Capture):
+        with watch:
+            yield
+        return
+    before = capture.watch, capture.modes
+    capture.watch, capture.modes = watch.note, capture.modes + 1
+    try:
+        with watch:
+            yield
+    finally:
+        capture.watch, capture.modes = before
+
+
+_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _meta_slots(path: str, m: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Full name, and where it is to be set."""
+    for name, t in (*m._parameters.items(), *m._buffers.items()):
+        if t is not None and t.is_meta and not nn.parameter.is_lazy(t):
+            yield f"{path}.{name}".lstrip("."), m, name, t
+
+
+def _materialized(
+    old: Tensor,
+    device: torch.device | str | int | None,
+    dtype: torch.dtype | None,
+    memory: dict[tuple[object, ...], Tensor],
+) -> Tensor:
+    """A tensor like `old` with memory, shared with those that shared `old`'s."""
+    key = (plan.storage_id(old), old.dtype)
+    if key not in memory:
+        kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
+        default = torch.get_default_device()
+        where = ("cpu" if default.type == "meta" else default) if device is None else device
+        items = plan.storage_of(old).nbytes() // old.element_size()
+        memory[key] = torch.empty(items, dtype=kind, device=where)
+    new = memory[key].as_strided(old.shape, old.stride(), old.storage_offset())
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, old.requires_grad)
+    return new.detach().requires_grad_(old.requires_grad)
+
+
+class _Watch(Mode):
+    """Sees which elements of some tensors are written at all."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._missing = {plan.storage_id(t) for t in tensors if t.numel() != 0}
+        self._partly: dict[int, Tensor] = {}  # storage -> -1 in each byte that is written
+
+    def is_written(self, t: Tensor) -> bool:
+        key = plan.storage_id(t)
+        if key not in self._missing:
+            return True
+        return key in self._partly and bool((self._marks(t) == _MARK[t.element_size()]).all())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            out = [kwargs.get(x.name) for x in schema.arguments if x.is_out]
+            if schema.name in OVERWRITING:
+                out.append(args[0])
+            for t in leaves(out):
+                if isinstance(t, Tensor):
+                    self.note(t)
+        return result
+
+    def note(self, t: Tensor) -> None:
+        """All of this has been written."""
+        if type(t) not in PLAIN or t.layout is not torch.strided:
+            return
+        key = plan.storage_id(t)
+        if key in self._missing:
+            if t.numel() * t.element_size() == plan.storage_of(t).nbytes():
+                self._missing.remove(key)
+            else:
+                self._marks(t).fill_(_MARK[t.element_size()])
+
+    def _marks(self, t: Tensor) -> Tensor:
+        """What stands for a tensor's elements in the marks of its storage."""
+        marks = self._partly.get(plan.storage_id(t))
+        if marks is None:
+            marks = torch.zeros(plan.storage_of(t).nbytes(), dtype=torch.uint8, device="cpu")
+            self._partly[plan.storage_id(t)] = marks
+        marks = marks.view(_BYTES[t.element_size()])
+        return marks.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+_MARK = {1: 255, 2: -1, 4: -1, 8: -1}
