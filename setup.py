@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Builds fastinit._cpu with ninja: parallel, incremental, per-file flags. Metadata: pyproject.toml.
+"""Builds fastinit._cpu, and fastinit._cuda if there is nvcc, with ninja: parallel, incremental.
 
-Environment: CXX (the compiler), CXXFLAGS (appended), MAX_JOBS (parallel compilations).
+Metadata: pyproject.toml. Environment: CXX (the compiler), CXXFLAGS (appended), MAX_JOBS (parallel
+compilations); CUDA_HOME (where bin/nvcc is, if not in PATH), TORCH_CUDA_ARCH_LIST ("9.0;10.0+PTX"),
+FORCE_CUDA=1 (no nvcc is an error), FORCE_ONLY_CPU=1 (no _cuda). Whether this machine has a GPU, and
+which CUDA torch was built with, does not matter: _cuda contains its own runtime and no torch.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +25,12 @@ FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -pthread -ffp-contract=off -fno-math-errno "
     "-fno-strict-aliasing -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized"
 )
+# As torch's own kernels are compiled: where a law needs a rounding of its own, it says so.
+NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 CPU_SOURCES = ["module.cpp", "run.cpp", "jump.cpp", "targets.cpp"]
+CUDA_SOURCES = ["module.cpp", "fill.cu"]
+ARCHITECTURES = ("80", "90", "100", "120")  # A100, H100 and H200, B200, RTX 50; PTX for later ones
+NAMES = {"ampere": "8.0;8.6", "ada": "8.9", "hopper": "9.0", "blackwell": "10.0;12.0"}
 
 NINJA_FILE = """\
 rule compile
@@ -29,8 +38,13 @@ rule compile
   depfile = $out.d
   deps = gcc
   description = compile $in
+rule nvcc
+  command = {nvcc} -MD -MF $out.d {nvcc_flags} $flags -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = nvcc $in
 rule link
-  command = {cxx} -shared {link_flags} $in -o $out
+  command = {linker} -shared {link_flags} $in -o $out
   description = link $out
 {edges}
 """
@@ -48,6 +62,50 @@ def compiler() -> str:
     )
 
 
+def find_nvcc() -> str | None:
+    """The CUDA compiler, if it is wanted."""
+    if os.environ.get("FORCE_ONLY_CPU") == "1":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    standard = Path("/usr/local/cuda/bin/nvcc")
+    if home:
+        found = shutil.which(str(Path(home) / "bin" / "nvcc"))
+    else:
+        found = shutil.which("nvcc") or shutil.which(str(standard))
+    if found is None and os.environ.get("FORCE_CUDA") == "1":
+        raise SystemExit(
+            f"fastinit: FORCE_CUDA=1, but no nvcc was found in {home or 'PATH'}. "
+            "Install the CUDA toolkit (12.4 or later) or set CUDA_HOME to where it is."
+        )
+    return found
+
+
+def architectures(nvcc: str) -> list[str]:
+    """nvcc's options and what they produce, from TORCH_CUDA_ARCH_LIST or by default."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = re.findall(r"compute_(\w+)", listed)
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if not asked:
+        codes = [a for a in ARCHITECTURES if a in known]
+        return [f"sm_{a}" for a in codes] + [f"compute_{a}" for a in codes[-1:]]
+    names: list[str] = []
+    for item in re.split(r"[;,\s]+", asked):
+        base, ptx, _ = item.partition("+PTX")
+        for version in NAMES.get(base.lower(), base).split(";"):
+            code = version.replace(".", "")
+            if not re.fullmatch(r"\d+\.\d[af]?", version) or code not in known:
+                raise SystemExit(
+                    f"fastinit: TORCH_CUDA_ARCH_LIST names {item!r}; this nvcc compiles for "
+                    + ", ".join(f"{a[:-1]}.{a[-1:]}" for a in known if a[-1:].isdigit())
+                )
+            names += [f"sm_{code}"] + ([f"compute_{code}"] if ptx else [])
+    return names
+
+
+def gencode(name: str) -> str:
+    return f"-gencode arch=compute_{name.partition('_')[2]},code={name}"
+
+
 def escape(path: object) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -60,40 +118,63 @@ class NinjaBuild(build_ext):
         build = Path(self.build_temp).resolve() / ext.name
         for folder in (target.parent, build):
             folder.mkdir(parents=True, exist_ok=True)
-        cxx = compiler()
-        version = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True)
+        cxx, nvcc = compiler(), find_nvcc() if ext.name.endswith("_cuda") else None
         # Only the module sees Python: another environment recompiles one file.
-        python = (
-            f"-I{escape(sysconfig.get_path('include'))} -I{escape(pybind11.get_include())} "
-            f"'-DFASTINIT_COMPILER=\"{version.stdout.splitlines()[0]}\"'"
-        )
+        python = f"-I{escape(sysconfig.get_path('include'))} -I{escape(pybind11.get_include())}"
+        link_flags = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-pthread"
+        code = []
+        jobs = os.environ.get("MAX_JOBS")
+        if nvcc is None:
+            python += f" '-DFASTINIT_COMPILER=\"{version_of(cxx)[0]}\"'"
+        else:
+            release = next(x for x in version_of(nvcc) if "release" in x)
+            code = architectures(nvcc)
+            python += f" '-DFASTINIT_NVCC=\"nvcc {release.split()[-1]}\"'"
+            python += f" '-DFASTINIT_ARCHITECTURES=\"{' '.join(code)}\"'"
+            link_flags = "-cudart static -Xcompiler -pthread"
         edges, objects = [], []
         for source in map(Path, ext.sources):
             out = build / (source.name + ".o")
             objects.append(escape(out))
             flags = python if source.name == "module.cpp" else ""
-            edges.append(f"build {escape(out)}: compile {escape(ROOT / source)}\n  flags = {flags}")
+            if source.suffix == ".cu":
+                flags = (
+                    " ".join(map(gencode, code)) + f" --threads {jobs or min(4, os.cpu_count())}"
+                )
+            rule = "nvcc" if source.suffix == ".cu" else "compile"
+            edges.append(f"build {escape(out)}: {rule} {escape(ROOT / source)}\n  flags = {flags}")
         edges.append(f"build {escape(target)}: link {' '.join(objects)}")
-        mac = sys.platform == "darwin"
+        host = f"-ccbin {cxx.split()[0]} " if "CXX" in os.environ else ""
         (build / "build.ninja").write_text(
             NINJA_FILE.format(
                 cxx=cxx,
+                nvcc=nvcc,
+                linker=cxx if nvcc is None else nvcc + " " + host,
                 flags=f"{FLAGS} {os.environ.get('CXXFLAGS', '')}",
-                link_flags="-undefined dynamic_lookup" if mac else "-pthread",
+                nvcc_flags=host + NVCC_FLAGS,
+                link_flags=link_flags,
                 edges="\n".join(edges),
             )
         )
-        jobs = os.environ.get("MAX_JOBS")
         command = [sys.executable, "-m", "ninja", *(["-j", jobs] if jobs else [])]
         if subprocess.run(command, cwd=build).returncode != 0:
             raise SystemExit(
-                f"fastinit: {cxx} could not compile csrc/ (its messages are above). A compiler "
+                f"fastinit: {cxx} could not compile csrc/cpu (its messages are above). A compiler "
                 "with C++17 is needed (g++ 9 or clang 10 and later) and Python's headers "
                 "(Debian, Ubuntu: apt-get install python3-dev)."
+                if nvcc is None
+                else f"fastinit: {nvcc} could not compile csrc/cuda (its messages are above). CUDA "
+                "12.4 or later is needed, with a host compiler it supports (CXX names another); "
+                "FORCE_ONLY_CPU=1 builds without."
             )
 
 
-setup(
-    ext_modules=[Extension("fastinit._cpu", [f"csrc/cpu/{name}" for name in CPU_SOURCES])],
-    cmdclass={"build_ext": NinjaBuild},
-)
+def version_of(command: str) -> list[str]:
+    run = subprocess.run([*command.split(), "--version"], capture_output=True, text=True)
+    return run.stdout.splitlines()
+
+
+extensions = [Extension("fastinit._cpu", [f"csrc/cpu/{name}" for name in CPU_SOURCES])]
+if find_nvcc() is not None:
+    extensions.append(Extension("fastinit._cuda", [f"csrc/cuda/{name}" for name in CUDA_SOURCES]))
+setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

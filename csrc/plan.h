@@ -19,6 +19,7 @@ enum class Op : uint8_t {
   normal_pairs,  // item = element, 4 per pair.   a = mean, b = std; torch's scalar Box-Muller
   trunc_normal,  // item = element, 1 per round.  as normal, redrawn while outside [lo, hi]
   sparse_mask,   // item = column, rows - 1.      zeroes part of each column; `shape` is a Sparse
+  trunc_erfinv,  // item = element, 1 word.       CUDA only; trunc_normal_ before torch 2.12
 };
 
 // How the running torch evaluates the float32 Box-Muller of its groups of 16, and whether its

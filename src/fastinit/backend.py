@@ -3,7 +3,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from torch import Tensor
 
 try:
     from fastinit import _cpu
@@ -13,6 +19,23 @@ except ImportError as error:
         "`pip install .` in its source folder (a C++17 compiler is needed); from other folders "
         "make sure that no uncompiled copy of fastinit comes first in sys.path."
     ) from error
+
+_cuda: Any = None
+why_no_cuda = "not built: there was no nvcc"
+try:
+    from fastinit import _cuda
+except ImportError as error:
+    if error.name != "fastinit._cuda":
+        why_no_cuda = f"does not load: {error}"
+else:
+    why_no_cuda = ""
+if torch.version.hip is not None:
+    _cuda, why_no_cuda = None, "torch is a ROCm build"
+elif _cuda is not None and torch.version.cuda is None:
+    why_no_cuda = "torch is a CPU build"
+
+MOST_INLINED = 25  # fills that travel in the arguments of a kernel
+MOST_SOURCES = 8  # generators of a launch
 
 native_fills = 0  # how many fills the compiled modules have done in this process
 
@@ -35,3 +58,66 @@ def run_trunc(packed: bytes, state: int) -> int:
 def advance(state: int, to: int, words: int) -> None:
     """Copy a generator state between addresses and move the copy on by so many words."""
     _cpu.advance(state, to, words)
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+
+def can_use_cuda() -> bool:
+    """Whether there are kernels, and no graph is being captured, whose replays would have to draw
+    other numbers each time."""
+    return _cuda is not None and not torch._C._cuda_isCurrentStreamCapturing()
+
+
+@functools.cache
+def cuda_grid(device: int) -> tuple[int, int]:
+    """Multiprocessors of a GPU and the threads that fit on each."""
+    p = torch.cuda.get_device_properties(device)
+    return p.multi_processor_count, p.max_threads_per_multi_processor
+
+
+def cuda_stream(device: int) -> int:
+    """The current stream's handle."""
+    return int(torch._C._cuda_getCurrentRawStream(device))
+
+
+@contextmanager
+def on_stream(device: int, stream: int) -> Iterator[None]:
+    """Launch on a stream; what the current one does afterwards waits for it."""
+    if cuda_stream(device) == stream:
+        yield
+        return
+    current = torch.cuda.current_stream(device)
+    other = torch.cuda.ExternalStream(stream, device=device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(other):
+        yield
+    current.wait_stream(other)
+
+
+def cuda_upload(data: bytes, device: int) -> Tensor:
+    """Bytes in device memory, by one asynchronous copy."""
+    return cuda_copy(torch.frombuffer(bytearray(data), dtype=torch.uint8), device)
+
+
+def cuda_copy(t: Tensor, device: int) -> Tensor:
+    return t.pin_memory().to(torch.device("cuda", device), non_blocking=True)
+
+
+def cuda_zeros(size: int, device: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device))
+
+
+def cuda_run(
+    fills: bytes,
+    table: int,
+    count: int,
+    tiles: int,
+    sources: bytes,
+    progress: int,
+    device: int,
+) -> None:
+    """Launch `count` packed fills, given as bytes or an address, on the current stream."""
+    global native_fills
+    stream = cuda_stream(device)
+    _cuda.run(fills, table, count, tiles, sources, progress, device, stream)
+    native_fills += count

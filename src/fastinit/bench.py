@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fastinit
-from fastinit import _cpu, plan, probe
+from fastinit import _cpu, execute, plan, probe
 
 LARGE = 1 << 24  # elements
 GOALS = {  # times as fast as torch
@@ -66,7 +66,7 @@ class Case:
         # Not zeros: some processors write those several times faster than anything else.
         fills = [plan.constant(t, 0.7) for t in self.tensors]
         ready = [f for f in map(probe.proved, fills) if f is not None]
-        return lambda: plan.run(ready)
+        return lambda: execute.run(ready)
 
     def check(self) -> None:
         """Raise unless all contenders leave torch's bits and torch's generator state."""

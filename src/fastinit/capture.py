@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastinit import operators, plan, probe, source
+from fastinit import execute, operators, plan, probe, source
 from fastinit.mode import Mode
 from fastinit.operators import PLAIN, leaves
 from fastinit.report import Report, Written, caller
@@ -96,7 +96,7 @@ class Capture(Mode):
             return handler(self, func, args, kwargs or {})
         if self._known and operators.is_view(func):
             out = func(*args, **kwargs) if kwargs else func(*args)
-            if type(out) not in PLAIN or (out.is_cpu and out.numel() == 1):
+            if type(out) not in PLAIN or out.numel() == 1:
                 self._expose_single(func, out)
             return out
         return self._run(func, args, kwargs)
@@ -111,9 +111,9 @@ class Capture(Mode):
 
     def adopt(self, t: Tensor) -> None:
         """Let the fills of a tensor's storage wait."""
-        if type(t) not in PLAIN or not t.is_cpu or t.layout is not torch.strided:
+        if type(t) not in PLAIN or not plan.is_here(t) or t.layout is not torch.strided:
             return
-        if 0 < t.numel() >= plan.MIN_NATIVE:
+        if t.numel() > 0 and plan.is_worth(t):
             memory = _Memory(t)
             self._known.setdefault(memory.key, memory)
             if len(self._known) > self._purge_at:
@@ -153,20 +153,20 @@ class Capture(Mode):
         if len(args) > 1 and isinstance(args[1], Tensor) and self._pending:
             self._settle_arguments(func, args[1:], None)  # the value of fill_
         memory = self._memory_of(t)
-        if memory is None and (type(t) not in PLAIN or not t.is_cpu):
+        if memory is None and (type(t) not in PLAIN or not plan.is_here(t)):
             return self._run(func, args, kwargs)
-        if t.numel() < plan.MIN_NATIVE and (memory is None or not memory.fills):
+        if (memory is None or not memory.fills) and not plan.is_worth(t):
             return func(*args, **kwargs)
         fill = None if t.is_neg() else probe.proved(build(t, args, kwargs, memory is not None))
         if fill is not None:
             if memory is not None and self._record(memory, fill):
                 return t
-            if fill.items >= plan.MIN_NATIVE:
+            if fill.items >= (plan.MIN_NATIVE if fill.device < 0 else plan.MIN_CUDA):
                 if memory is not None:
                     self._settle_arguments(func, args, None)
                 fill.bumps = 0  # the operator counts the version up
                 self.report.at_once(fill)
-                plan.run([fill])
+                execute.run([fill])
                 return t
         return self._run(func, args, kwargs)
 
@@ -180,9 +180,8 @@ class Capture(Mode):
         fill.extent = (size * begin, size * (begin + items))
         fill.caller = caller()
         if fill.generator is not None:
-            words = plan.words_drawn(fill, False)
-            fill.state = source.draw_ahead(fill.generator, words, self._scratch)
-            self._states += 1
+            fill.state = execute.draw_ahead(fill, self._scratch)
+            self._states += fill.device < 0
         fill.tensor = plan.NO_TENSOR[t.dtype]  # the storage may die
         self._push(memory, fill)
         return True
@@ -197,7 +196,7 @@ class Capture(Mode):
             self.settle(f"more than {_MOST_LAYERS} fills of one tensor", [memory])
         if self._states > _MOST_STATES:
             states = [f.state for m in self._pending.values() for f in m.fills]
-            self._states = sum(state is not None for state in states)
+            self._states = sum(isinstance(state, Tensor) for state in states)
             if self._states > _MOST_STATES // 2:
                 self.settle(f"more than {_MOST_STATES // 2} random fills waiting")
                 self._states = 0
@@ -222,8 +221,7 @@ class Capture(Mode):
 
     def _empty(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        large = type(out) is Tensor and out.is_cpu and out.numel() >= plan.MIN_NATIVE
-        if large and not kwargs.get("pin_memory"):
+        if type(out) is Tensor and not kwargs.get("pin_memory"):
             self.adopt(out)
         return out
 
@@ -304,7 +302,7 @@ class Capture(Mode):
     def _expose_single(self, func: Any, out: Any) -> None:
         """torch.tensor([t[0], ...]) asks views of one element for their values behind our back."""
         for x in leaves(out):
-            if isinstance(x, Tensor) and x.is_cpu and x.numel() == 1:
+            if isinstance(x, Tensor) and plan.is_here(x) and x.numel() == 1:
                 self.expose(x, str(func))
 
     # ---- writing -------------------------------------------------------------------------------
@@ -344,7 +342,7 @@ class Capture(Mode):
         with self.report.writing(fills, reader) as done:
             for stage in _stages(todo):
                 for piece in _pieces(stage, self.report.progress and reader is None):
-                    plan.run_ahead(piece)
+                    execute.run_ahead(piece)
                     done(sum(fill.items for fill, _ in piece))
         for _, memory in todo:
             memory.settled()
@@ -410,7 +408,7 @@ class Capture(Mode):
                     continue
                 self.read(t, fill.op)
             self.report.at_once(fill)
-            plan.run([fill])
+            execute.run([fill])
 
     def call(self, function: functools.partial[Any], tensor: Tensor, overwrites: bool) -> None:
         """A function that fastinit leaves to torch, in most cases because it is small.
@@ -421,7 +419,7 @@ class Capture(Mode):
             not plan.modes_allow()  # first: a function mode would see the others
             or self.watch is not None
             or type(tensor) not in PLAIN
-            or not tensor.is_cpu
+            or not plan.is_here(tensor)
             or tensor.layout is not torch.strided
             or any(isinstance(x, Tensor) for x in function.args[1:])
         ):
@@ -443,7 +441,7 @@ def _is_certain(to: Tensor, by: Any) -> bool:
     return (
         type(by) in PLAIN
         and by.shape == to.shape
-        and by.is_cpu
+        and by.device == to.device
         and by.layout is torch.strided
         and not any(x.is_complex() or x.is_quantized or x.is_neg() for x in (to, by))
     )

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 from torch.nn import init as _torch_init
 
-from fastinit import plan, probe, source
+from fastinit import execute, plan, probe, source
 
 # fmt: off
 __all__ = [  # torch's order; older torch.nn.init has no such list
@@ -51,8 +51,10 @@ def _is_large(t: Any, at_least: int = 1) -> bool:
     n = t.numel()
     recorder = plan.this_thread.recorder
     if recorder is not None:
-        at_least = 0 if recorder.takes_small else 1
+        at_least = 0 if recorder.takes_small or plan.device_of(t) >= 0 else 1
     if n < at_least * plan.MIN_NATIVE:
+        return False
+    if recorder is None and n < at_least * plan.MIN_CUDA and plan.device_of(t) >= 0:
         return False
     return n != 0 and not torch.compiler.is_compiling() and plan.modes_allow()
 
@@ -69,7 +71,7 @@ def _run(*fills: plan.Fill | None) -> bool:
     if recorder is not None:
         recorder.add(proved)
         return True
-    plan.run(proved)
+    execute.run(proved)
     return True
 
 
@@ -168,9 +170,16 @@ def trunc_normal_(
     Warns:
         UserWarning: the mean is more than two std outside [a, b].
     """
-    if _is_large(tensor) and _run(plan.trunc_normal(tensor, mean, std, a, b, generator)):
+    if _is_large(tensor) and _run_truncated(tensor, mean, std, a, b, generator):
         return tensor
     return _pass_on(_torch.trunc_normal_, tensor, mean, std, a, b, generator)
+
+
+def _run_truncated(tensor: Tensor, *args: Any) -> bool:
+    """By rejection, or on a GPU before torch 2.12 by the inverse of the distribution."""
+    if _run(plan.trunc_normal(tensor, *args)):
+        return True
+    return plan.device_of(tensor) >= 0 and _run(plan.trunc_erfinv(tensor, *args))
 
 
 def constant_(tensor: Tensor, val: float) -> Tensor:
@@ -385,6 +394,7 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
         RuntimeError: a dtype torch.linalg.qr does not have.
     """
     native = _is_large(tensor) and plan.accepts(tensor) and tensor.dim() >= 2
+    native = native and plan.device_of(tensor) < 0
     native = native and tensor.numel() >= _QR * plan.MIN_NATIVE
     return _pass_on(_orthogonal if native else _torch.orthogonal_, tensor, gain, generator)
 
@@ -425,14 +435,17 @@ def sparse_(
         and tensor.dim() == 2
         and type(sparsity) in (int, float)
         and 0 <= sparsity <= 1
-        and _run(
-            plan.normal(tensor, 0.0, std, generator),
-            plan.sparse_mask(tensor, math.ceil(sparsity * tensor.shape[0])),
-        )
+        and _run_sparse(tensor, math.ceil(sparsity * tensor.shape[0]), std, generator)
     ):
         return tensor
     with source.turn(torch.default_generator, *_given(generator)):
         return _pass_on(_torch.sparse_, tensor, sparsity, std, generator)
+
+
+def _run_sparse(tensor: Tensor, zeros: int, std: float, generator: Generator | None) -> bool:
+    if plan.device_of(tensor) >= 0:
+        return _run(plan.sparse(tensor, std, zeros, generator))
+    return _run(plan.normal(tensor, 0.0, std, generator), plan.sparse_mask(tensor, zeros))
 
 
 def _no_grad_trunc_normal_(
@@ -444,7 +457,7 @@ def _no_grad_trunc_normal_(
     generator: Generator | None = None,
 ) -> Tensor:
     """Stands for its namesake in torch.nn.init, which is looked up at each call, while hooked."""
-    if _is_large(tensor) and _run(plan.trunc_normal(tensor, mean, std, a, b, generator)):
+    if _is_large(tensor) and _run_truncated(tensor, mean, std, a, b, generator):
         return tensor
     return _torch_trunc_normal(tensor, mean, std, a, b, generator)
 

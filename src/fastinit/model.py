@@ -10,7 +10,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from fastinit import block, hooks, init, plan, probe, source
+from fastinit import block, execute, hooks, init, plan, probe, source
 from fastinit.capture import Capture
 from fastinit.mode import Mode
 from fastinit.operators import EMPTY, FACTORIES, FILLS, OVERWRITING, PLAIN, is_view, leaves
@@ -47,16 +47,19 @@ class Plan:
     def __init__(self) -> None:
         self._steps: list[list[plan.Fill] | Callable[[], object]] = []  # one for each call
         self._places: list[tuple[Tensor, tuple[object, ...]]] = []  # of what must not move
+        self._prepared: execute.Prepared | None = None
 
     def add(self, fills: list[plan.Fill]) -> None:
         for fill in fills:
             fill.extent = plan.extent(fill)
         self._steps.append(fills)
+        self._prepared = None
 
     def call(
         self, function: functools.partial[Any], tensor: Tensor, overwrites: bool = False
     ) -> None:
         self._steps.append(function)
+        self._prepared = None
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Raise in `run` if one of these has moved, though only views of them were recorded."""
@@ -77,23 +80,37 @@ class Plan:
                 before.settle("Plan.run")
             elif not plan.modes_allow():
                 raise RuntimeError("a Plan cannot run under a mode, transform or tracer of torch")
-            if any(plan.place(t) != place for t, place in self._places):
-                raise RuntimeError(_MOVED)
-            fills: list[plan.Fill] = []
-            for step in self._steps:
-                if callable(step):
-                    plan.run(fills)
-                    fills = []
-                    step()
-                    if isinstance(before, Capture):
-                        before.settle("Plan.run")
-                elif any(plan.extent(fill) != fill.extent for fill in step):
+            if self._prepared is not None:
+                if not self._prepared.run():
                     raise RuntimeError(_MOVED)
-                else:
-                    fills += step
-            plan.run(fills)
+            else:
+                self._run_steps(before)
         finally:
             plan.set_recorder(before)
+
+    def _run_steps(self, block: object) -> None:
+        if any(plan.place(t) != place for t, place in self._places):
+            raise RuntimeError(_MOVED)
+        fills: list[plan.Fill] = []
+        calls = 0
+        for step in self._steps:
+            if callable(step):
+                calls += 1
+                execute.run(fills)
+                fills = []
+                step()
+                if isinstance(block, Capture):
+                    block.settle("Plan.run")
+            elif any(plan.extent(fill) != fill.extent for fill in step):
+                raise RuntimeError(_MOVED)
+            else:
+                fills += step
+        if calls == 0:
+            self._prepared = execute.prepare(fills, [t for t, _ in self._places])
+        if self._prepared is not None:
+            self._prepared.run()
+        else:
+            execute.run(fills)
 
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
         if name not in hooks.FUNCTIONS:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastinit import plan
+from fastinit import backend, plan
 
 _aten = torch.ops.aten
 PLAIN = (Tensor, nn.Parameter)  # types whose values are what is in their storage
@@ -108,9 +108,9 @@ REPLACE_MEMORY = tuple(
 
 
 def makes_native(args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a factory makes a large tensor that can be filled natively."""
+    """Whether a factory makes a tensor that can be filled natively and is worth it."""
     like = args[0] if isinstance(args[0], Tensor) else None
-    if like is not None and (type(like) not in PLAIN or not like.is_cpu):
+    if like is not None and type(like) not in PLAIN:
         return False
     size = args[0] if like is None else args[1] if len(args) > 1 else like.shape
     if isinstance(size, (list, tuple)) and any(type(n) is not int for n in size):
@@ -123,11 +123,14 @@ def makes_native(args: Any, kwargs: dict[str, Any]) -> bool:
         else 0
     )
     device, layout = kwargs.get("device"), kwargs.get("layout")
+    if device is None:
+        device = "cpu" if like is None else like.device
+    where = torch.device(device).type
     dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
     return (
-        0 < items >= plan.MIN_NATIVE
+        0 < items >= (plan.MIN_NATIVE if where == "cpu" else 1)
         and dtype in plan.DTYPES
-        and (device is None or torch.device(device).type == "cpu")
+        and (where == "cpu" or (where == "cuda" and backend.can_use_cuda()))
         and layout in (None, torch.strided)
         and (like is None or like.layout is torch.strided)
         and not kwargs.get("pin_memory")

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""From tensors to packed descriptors: checks, order, words, overlap. No kernel decides anything.
+"""What is to be written: checks, parameters and geometry. No kernel decides anything.
 
-A `Fill` is one tensor with what is to be written into it. `run` takes fills in the order torch
-would have executed them and hands them to the compiled module in as few calls as that order allows.
-This is the only module that takes the addresses of tensors.
+A `Fill` is one tensor with what is to be written into it. execute.py takes fills in the order torch
+would have executed them; cpu.py and cuda.py pack them for the compiled modules.
 """
 
 from __future__ import annotations
 
 import math
-import struct
 import threading
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -24,17 +22,22 @@ from torch.autograd import forward_ad
 from fastinit import backend, source
 
 MIN_NATIVE = 8192  # single calls on fewer elements go to torch, whose call costs less
+MIN_CUDA = 1 << 24  # the same on a GPU, where torch's call does not wait for its kernel
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _LARGEST = {torch.float16: 3e4}  # |parameters| up to here cannot leave the dtype's range,
 _LARGEST_OTHER = 1e37  # nor can the difference of two
 _SMALLEST_RANGE = 1e-30  # of uniform_: the 2^24th part of it is a normal float32
-OPS = ("constant", "diagonal", "uniform", "normal", "normal_pairs", "trunc_normal", "sparse_mask")
-_OP_CODE = {op: code for code, op in enumerate(OPS)}
-_PACK = struct.Struct("<QQddddQiBBBB8q")  # FillDesc of csrc/plan.h
+# As enum Op of csrc/plan.h. `sparse` is normal with a mask, in one launch on a GPU.
+OPS = (
+    *("constant", "diagonal", "uniform", "normal", "normal_pairs", "trunc_normal", "sparse_mask"),
+    *("trunc_erfinv", "sparse"),
+)
 _DENSE = (0,) * 8
 NO_TENSOR = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in DTYPES}
-_address = Tensor.data_ptr  # as it is now: hooks.py replaces it
+address_of = Tensor.data_ptr  # as it is now: hooks.py replaces it
+device_of: Callable[[Tensor], int] = Tensor.get_device  # index of a GPU; -1: the CPU
+base_of = torch.UntypedStorage.data_ptr
 storage_of: Callable[[Tensor], torch.UntypedStorage] = Tensor.untyped_storage  # likewise
 
 
@@ -66,7 +69,13 @@ class Fill:
     bumps: int = 1  # of the tensor's version counter
     counter: Tensor | None = None  # whose version counter, if not the tensor's own
     extent: tuple[int, int] = (0, 0)  # of its bytes when it was recorded: in memory or in a storage
-    state: Tensor | None = None  # of the generator, if its words were drawn ahead
+    state: Any = None  # of the generator, if its words were drawn ahead: see draw_ahead
+    device: int = -1  # index of a GPU; -1: the CPU
+    scale: float = 0.0  # trunc_erfinv: what the inverse error function is multiplied by
+    mean: float = 0.0  # and what is added
+    zeros: int = 0  # sparse: of each column
+    mask: Tensor | None = None  # sparse, if it was drawn ahead: 0 where zeros go
+    stream: int = 0  # on which it was asked for
     caller: tuple[str, tuple[tuple[str, object], ...]] | None = None  # for reports: name, arguments
 
 
@@ -111,15 +120,26 @@ def modes_allow() -> bool:
 
 
 def accepts(t: Tensor) -> bool:
-    """Plain CPU memory that torch.nn.init would write without a word about it."""
+    """Plain memory that torch.nn.init would write without a word about it."""
     return (
         t.dtype in DTYPES
-        and t.device.type == "cpu"
+        and is_here(t)
         and t.layout is torch.strided
         and not (t.is_nested or t.is_neg() or t.is_inference() or t._is_zerotensor())
         and not torch._is_functional_tensor(t)
-        and _address(t) != 0  # of a storage that was given back
+        and address_of(t) != 0  # of a storage that was given back
     )
+
+
+def is_here(t: Tensor) -> bool:
+    """In memory of the CPU, or of a GPU that there are kernels for."""
+    return t.is_cpu or (t.is_cuda and backend.can_use_cuda())
+
+
+def is_worth(t: Tensor) -> bool:
+    """Large enough for a record. On a GPU what is saved is a launch, whatever its size."""
+    n = t.numel()
+    return n >= MIN_NATIVE or (n > 0 and device_of(t) >= 0)
 
 
 def layout_of(t: Tensor) -> tuple[str, int, tuple[int, ...]] | None:
@@ -161,13 +181,15 @@ def _number(value: object, dtype: torch.dtype) -> float | None:
 def _describe(
     t: Tensor, op: str, a: object, b: object, generator: object, accepted: bool
 ) -> Fill | None:
-    if not (accepted or accepts(t)) or not source.is_supported(generator):
+    device = device_of(t)
+    if not (accepted or accepts(t)) or not source.is_supported(generator, device):
         return None
     x, y = _number(a, t.dtype), _number(b, t.dtype)
     layout = layout_of(t)
     if x is None or y is None or layout is None or t.numel() == 0:
         return None
-    return Fill(t, op, x, y, source.resolve(generator), *layout, t.numel())  # type: ignore[arg-type]
+    words = source.resolve(generator, device)  # type: ignore[arg-type]
+    return Fill(t, op, x, y, words, *layout, t.numel(), device=device)
 
 
 # `accepted`: the caller knows that `accepts(t)`.
@@ -188,7 +210,7 @@ def normal(
     fill = _describe(t, "normal", mean, std, generator, accepted)
     if fill is None or fill.b < 0:
         return None
-    if fill.items >= 16 and fill.layout == "contiguous":
+    if fill.device >= 0 or (fill.items >= 16 and fill.layout == "contiguous"):
         return fill
     fill.op = "normal_pairs"
     if fill.rank == 0:  # the kernel for pairs addresses every element
@@ -200,15 +222,11 @@ def trunc_normal(
     t: Tensor, mean: object, std: object, a: object, b: object, generator: object
 ) -> Fill | None:
     """Where torch would reject proposals of normal_, which it does if most are inside [a, b]."""
-    fill = normal(t, mean, std, generator)
-    low, high = _number(a, t.dtype), _number(b, t.dtype)
-    if fill is None or low is None or high is None or fill.b == 0:
+    known = _truncated(t, mean, std, a, b, generator)
+    if known is None:
         return None
-    below, above = (low - fill.a) / fill.b, (high - fill.a) / fill.b
-    # torch's own expressions for what it decides by.
-    p_below, p_above = ((1.0 + math.erf(x / math.sqrt(2.0))) / 2.0 for x in (below, above))
-    warns = fill.a < low - 2 * fill.b or fill.a > high + 2 * fill.b
-    if warns or not p_above - p_below > 0.3:
+    fill, low, high, p_below, p_above = known
+    if not p_above - p_below > 0.3:
         return None
     fill.rests_on = "trunc_normal"
     # A smaller std would be rounded, or be no normal number, in float32.
@@ -222,10 +240,44 @@ def trunc_normal(
     return None
 
 
+def trunc_erfinv(
+    t: Tensor, mean: object, std: object, a: object, b: object, generator: object
+) -> Fill | None:
+    """The same of torch before 2.12: by the inverse of the distribution. On GPUs only."""
+    known = _truncated(t, mean, std, a, b, generator)
+    if known is None or known[0].device < 0:
+        return None
+    fill, low, high, p_below, p_above = known
+    if not p_below < p_above:
+        return None
+    fill.op, fill.bumps, fill.lo, fill.hi = "trunc_erfinv", 5, low, high
+    fill.mean, fill.scale = fill.a, fill.b * math.sqrt(2.0)
+    fill.a, fill.b = 2 * p_below - 1, 2 * p_above - 1
+    return fill
+
+
+def _truncated(
+    t: Tensor, mean: object, std: object, a: object, b: object, generator: object
+) -> tuple[Fill, float, float, float, float] | None:
+    """As normal; the bounds; what of the distribution lies below each. None: torch warns."""
+    fill = normal(t, mean, std, generator)
+    low, high = _number(a, t.dtype), _number(b, t.dtype)
+    if fill is None or low is None or high is None or fill.b == 0:
+        return None
+    below, above = (low - fill.a) / fill.b, (high - fill.a) / fill.b
+    # torch's own expressions for what it decides by.
+    p_below, p_above = ((1.0 + math.erf(x / math.sqrt(2.0))) / 2.0 for x in (below, above))
+    if fill.a < low - 2 * fill.b or fill.a > high + 2 * fill.b:
+        return None
+    return fill, low, high, p_below, p_above
+
+
 def _reach(fill: Fill) -> float:
     """How far from the mean a draw can be: sqrt(-2 log u) with the smallest u > 0, and rounding."""
     float_words = fill.op == "normal" and fill.tensor.dtype is not torch.float64
     bits = 24 if float_words else 53
+    if fill.device >= 0:  # (word + 1/2) / 2^32, or of 53 bits
+        bits = 33 if float_words else 54
     reach = fill.b * math.sqrt(2 * bits * math.log(2)) * 1.001
     return reach + 2 * torch.finfo(fill.tensor.dtype).eps * (abs(fill.a) + reach)
 
@@ -261,45 +313,42 @@ def sparse_mask(t: Tensor, zeros: int) -> Fill | None:
     """The zeros of sparse_; torch draws them from the default generator whatever is asked for."""
     rows, columns = t.shape
     fill = constant(t, 0)
-    if fill is None or fill.layout != "contiguous" or not 0 <= zeros <= rows <= 1 << 16:
+    if fill is None or fill.device >= 0 or fill.layout != "contiguous":
         return None
-    fill.op, fill.generator = "sparse_mask", source.resolve(None)
+    if not 0 <= zeros <= rows <= 1 << 16:
+        return None
+    fill.op, fill.generator = "sparse_mask", source.resolve(None, -1)
     fill.items = fill.bumps = columns
     fill.shape = (rows, zeros, columns, 0, 0, 0, 0, 0)
     return fill
 
 
-# ---- running -------------------------------------------------------------------------------------
+def sparse(t: Tensor, std: object, zeros: int, generator: object) -> Fill | None:
+    """Normals and zeros of sparse_ together, on a GPU."""
+    rows, columns = t.shape
+    fill = normal(t, 0.0, std, generator)
+    if fill is None or fill.device < 0 or fill.layout != "contiguous":
+        return None
+    if not 0 <= zeros <= rows <= 1 << 16:
+        return None
+    fill.op, fill.zeros, fill.bumps = "sparse", zeros, 1 + columns
+    return fill
 
 
-def words_drawn(fill: Fill, cached: bool) -> int:
-    """32-bit words torch draws for it; `cached`: the generator holds a second normal sample."""
-    n = fill.items
-    per_item = 2 if fill.tensor.dtype is torch.float64 else 1
-    if fill.op == "uniform":
-        return n * per_item
-    if fill.op == "normal":  # the last 16 elements are drawn again if the size is no multiple
-        if fill.tensor.element_size() == 2:
-            return (n + 15) // 16 * 16
-        return (n + (16 if n % 16 else 0)) * per_item
-    if fill.op == "normal_pairs":
-        return (n - cached + 1) // 2 * 4
-    if fill.op == "sparse_mask":
-        return n * (fill.shape[0] - 1)
-    return 0
+# ---- geometry ------------------------------------------------------------------------------------
 
 
 def extent(fill: Fill) -> tuple[int, int]:
     """First byte and the one behind the last."""
     t = fill.tensor
-    begin = _address(t)
+    begin = address_of(t)
     items = span(t) if fill.layout == "strided" else t.numel()
     return begin, begin + items * t.element_size()
 
 
 def place(t: Tensor) -> tuple[object, ...]:
     """What changes when a tensor gets other memory or another shape."""
-    return _address(t), t.shape, t.stride(), t.dtype
+    return address_of(t), t.shape, t.stride(), t.dtype
 
 
 def span(t: Tensor) -> int:
@@ -312,105 +361,29 @@ def is_dense(fill: Fill) -> bool:
     return fill.rank == 0 and fill.op != "sparse_mask"
 
 
-def _pack(fill: Fill, address: int, word: int, src: int, cached: bool) -> bytes:
-    return _PACK.pack(
-        address, fill.items, fill.a, fill.b, fill.lo,
-        float(cached) if fill.op == "normal_pairs" else fill.hi,
-        word, src, _OP_CODE[fill.op], DTYPES[fill.tensor.dtype], fill.flavour, fill.rank,
-        *fill.shape,
-    )  # fmt: skip
+class Room:
+    """Memory that the fills of a stage write, none of which may overlap."""
 
+    def __init__(self) -> None:
+        # Sorted: first byte, end, position in the stage, whether it may be left out.
+        self._taken: list[tuple[int, int, int, bool]] = []
 
-class _Stage:
-    """Fills that touch different memory and whose words are known: one native call."""
-
-    def __init__(self, states: list[source.State], index: dict[int, int], alone: bool) -> None:
-        self._states, self._index, self._alone = states, index, alone
-        self._begin()
-
-    def _begin(self) -> None:
-        self._packed: list[bytes | None] = []
-        # Sorted: first byte, end, position in _packed, whether it may be left out.
-        self._extents: list[tuple[int, int, int, bool]] = []
-        self._words = [0] * len(self._states)
-        self._cached = [s.has_cached_normal for s in self._states]
-        self._made_cached = [False] * len(self._states)  # in this stage: its value is not known yet
-
-    def add(self, fill: Fill) -> int:
-        """How many times the tensor's version goes up."""
-        src = -1 if fill.generator is None else self._index[source.key_of(fill.generator)]
-        if fill.op == "trunc_normal":  # how many words it draws depends on their values
-            self.flush()
-            packed = _pack(fill, _address(fill.tensor), 0, src, False)
-            rounds = backend.run_trunc(packed, self._states[src].address)
-            return fill.bumps + (rounds > 1)  # torch copies the result of later rounds
-        pairs = fill.op == "normal_pairs"
-        if pairs and self._cached[src] and self._made_cached[src]:
-            self.flush()
-        begin, end = extent(fill)
-        if not self._alone:
-            self._make_room(fill, begin, end)
-            insort(self._extents, (begin, end, len(self._packed), not pairs))
-        if src < 0:
-            self._packed.append(_pack(fill, begin, 0, src, False))
-            return fill.bumps
-        cached = pairs and self._cached[src]
-        self._packed.append(_pack(fill, begin, self._words[src], src, cached))
-        self._words[src] += words_drawn(fill, cached)
-        if pairs:
-            self._cached[src] = (fill.items - cached) % 2 != 0
-            self._made_cached[src] = True
-        return fill.bumps
-
-    def _make_room(self, fill: Fill, first: int, last: int) -> None:
-        """No two fills of a stage may overlap. One that is overwritten completely is not done."""
-        at = bisect_left(self._extents, (first, -1, -1, False))
-        for i in (at - 1, at):
-            if not 0 <= i < len(self._extents):
-                continue
-            begin, end, position, droppable = self._extents[i]
-            if end <= first or last <= begin:
-                continue
-            if not (droppable and is_dense(fill) and first <= begin and end <= last):
-                return self.flush()
-            self._packed[position] = None
-            del self._extents[i]
-            return self._make_room(fill, first, last)
-
-    def flush(self) -> None:
-        packed = b"".join(p for p in self._packed if p is not None)
-        if packed or any(self._words):
-            backend.run(packed, [s.address for s in self._states], self._words)
-        self._begin()
-
-
-def run(fills: Sequence[Fill]) -> None:
-    """Do the fills as if torch had done them one by one."""
-    generators = {source.key_of(f.generator): f.generator for f in fills if f.generator is not None}
-    index = {key: i for i, key in enumerate(generators)}
-    bumps: list[int] = []
-
-    def work(states: list[source.State]) -> None:
-        bumps.clear()
-        stage = _Stage(states, index, len(fills) == 1)
-        for fill in fills:
-            bumps.append(stage.add(fill))
-        stage.flush()
-
-    try:
-        source.draw(list(generators.values()), work)
-    finally:
-        counters = [f.tensor if f.counter is None else f.counter for f in fills]
-        written = [t for t, times in zip(counters, bumps) for _ in range(times)]
-        torch.autograd.graph.increment_version(written)
-
-
-def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
-    """Do fills whose words were drawn ahead, in one native call. None may overlap another."""
-    states = [_address(fill.state) for fill, _ in fills if fill.state is not None]
-    packed, src = [], -1
-    for fill, storage in fills:
-        address = storage.data_ptr() + fill.extent[0]
-        src += fill.state is not None
-        packed.append(_pack(fill, address, 0, -1 if fill.state is None else src, False))
-    backend.run(b"".join(packed), states, [0] * len(states))
+    def take(
+        self, fill: Fill, extent: tuple[int, int], position: int, droppable: bool
+    ) -> list[int] | None:
+        """Positions of fills that it overwrites completely; None: a new stage has to begin."""
+        first, last = extent
+        dropped = []
+        at = bisect_left(self._taken, (first, -1, -1, False)) - 1
+        at = max(at, 0)
+        while at < len(self._taken) and self._taken[at][0] < last:
+            begin, end, other, may_go = self._taken[at]
+            if end <= first:
+                at += 1
+            elif may_go and is_dense(fill) and first <= begin and end <= last:
+                dropped.append(other)
+                del self._taken[at]
+            else:
+                return None
+        insort(self._taken, (first, last, position, droppable))
+        return dropped

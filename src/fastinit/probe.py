@@ -4,7 +4,8 @@
 Bits are a property of a torch version, its build and the processor's capability it chose. Before a
 kind of fill (operator, dtype, layout) is used, torch and the compiled module each fill a small
 tensor from equal generators; if the bits and the generators agree, in one of the flavours torch is
-built in, the kind counts as proved, otherwise torch's own operator goes on doing it.
+built in, the kind counts as proved, otherwise torch's own operator goes on doing it. Each GPU is
+asked for itself.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastinit import plan
+from fastinit import cuda, execute, plan
 
 # Of csrc/plan.h: 1, multiply and add contracted; 2, the cephes polynomials of ATen's AVX2 kernel.
 FLAVOURS = (3, 1, 0)
@@ -32,35 +33,39 @@ class Original(NamedTuple):
 
 
 original = Original()
-_verdicts: dict[tuple[str, torch.dtype, str], int | None] = {}
+_verdicts: dict[tuple[str, torch.dtype, str] | tuple[str, torch.dtype, str, int], int | None] = {}
 
 
 def proved(fill: plan.Fill | None) -> plan.Fill | None:
     """The fill with its flavour, or None if torch has to do it."""
     if fill is None:
         return None
-    if fill.rests_on and verdict(fill.rests_on, fill.tensor.dtype, "contiguous") is None:
+    dtype, device = fill.tensor.dtype, fill.device
+    if fill.rests_on and verdict(fill.rests_on, dtype, "contiguous", device) is None:
         return None
-    flavour = verdict(fill.op, fill.tensor.dtype, fill.layout)
+    layout = fill.layout
+    if device >= 0 and fill.generator is not None and len(cuda.pieces(fill)) > 1:
+        layout = "split"
+    flavour = verdict(fill.op, dtype, layout, device)
     if flavour is None:
         return None
     fill.flavour = flavour
     return fill
 
 
-def verdict(op: str, dtype: torch.dtype, layout: str) -> int | None:
+def verdict(op: str, dtype: torch.dtype, layout: str, device: int = -1) -> int | None:
     """The flavour in which a kind of fill has torch's bits, or None."""
-    key = (op, dtype, layout)
+    key = (op, dtype, layout) if device < 0 else (op, dtype, layout, device)
     if key not in _verdicts:
         _verdicts[key] = _probe(*key)
     return _verdicts[key]
 
 
-def _candidates(op: str, dtype: torch.dtype, layout: str) -> tuple[int, ...]:
+def _candidates(op: str, dtype: torch.dtype, layout: str, device: int) -> tuple[int, ...]:
     """Flavours to try. Where rounding to the dtype hides the differences between flavours from a
     thousand elements, though not from millions, the one that a wider dtype shows is the only one.
     """
-    if op in ("constant", "diagonal", "sparse_mask"):
+    if device >= 0 or op in ("constant", "diagonal", "sparse_mask"):
         return (0,)
     shown_by = torch.float64 if op == "normal_pairs" else torch.float32
     if dtype is shown_by or dtype is torch.float64:
@@ -69,12 +74,14 @@ def _candidates(op: str, dtype: torch.dtype, layout: str) -> tuple[int, ...]:
     return () if flavour is None else (flavour,)
 
 
-def _probe(op: str, dtype: torch.dtype, layout: str) -> int | None:
+def _probe(op: str, dtype: torch.dtype, layout: str, device: int = -1) -> int | None:
+    if op == "sparse" and verdict("sparse_mask", torch.bfloat16, "contiguous") is None:
+        return None
     before = plan.set_recorder(None)
     try:
         with _disable_current_modes(), torch.inference_mode(False):
-            for flavour in _candidates(op, dtype, layout):
-                if all(_agree(op, dtype, layout, flavour, case) for case in _cases(op)):
+            for flavour in _candidates(op, dtype, layout, device):
+                if all(_agree(op, dtype, layout, flavour, case, device) for case in _cases(op)):
                     return flavour
     except (RuntimeError, NotImplementedError):  # a torch without the operator, other generators
         pass
@@ -89,6 +96,7 @@ def _cases(op: str) -> tuple[tuple[float, float], ...]:
         "normal": ((0.0, 1.0), (0.3, 0.0211)),
         "normal_pairs": ((0.0, 1.0), (0.3, 0.0211)),
         "trunc_normal": ((0.0, 1.0),),
+        "trunc_erfinv": ((0.0, 1.0), (0.3, 0.9)),
     }.get(op, ((0.7, 0.01),))
 
 
@@ -106,6 +114,24 @@ def _tensor(dtype: torch.dtype, layout: str, op: str) -> Tensor:
     return base[:1012].view(4, 253)[:, 1::2]
 
 
+def _tensor_on_gpu(dtype: torch.dtype, layout: str, op: str, device: int) -> Tensor:
+    """More elements than torch's grid makes in one trip, so that every output of a block counts."""
+    gpu = torch.device("cuda", device)
+    if op in ("diagonal", "sparse"):
+        return torch.zeros(33, 18, dtype=dtype, device=gpu)
+    if layout == "split":  # two parts, far from each other
+        far = (1 << 31) // dtype.itemsize
+        return torch.empty(far + 1013, dtype=dtype, device=gpu).as_strided((2, 1013), (far, 1))
+    n = 1013
+    if op != "constant":
+        threads = cuda.grid(1 << 30, dtype.itemsize, device).threads
+        n += threads * (2 if dtype is torch.float64 else 4)
+    if layout == "strided":
+        return torch.zeros(n // 2, 3, dtype=dtype, device=gpu)[:, 1:]
+    base = torch.zeros(n // 2 * 2, dtype=dtype, device=gpu)
+    return base.view(2, -1).t() if layout == "dense" else base
+
+
 def _fills(op: str, t: Tensor, a: float, b: float, g: torch.Generator) -> list[plan.Fill | None]:
     if op == "uniform":
         return [plan.uniform(t, a, b, g)]
@@ -113,6 +139,10 @@ def _fills(op: str, t: Tensor, a: float, b: float, g: torch.Generator) -> list[p
         return [plan.normal(t, a, b, g)]
     if op == "trunc_normal":
         return [plan.trunc_normal(t, a, b, -1.5, 1.25, g)]
+    if op == "trunc_erfinv":
+        return [plan.trunc_erfinv(t, a, b, -1.5, 1.25, g)]
+    if op == "sparse":
+        return [plan.sparse(t, b, 20, g)]
     if op == "constant":
         return [plan.constant(t, a)]
     if op == "diagonal":
@@ -125,7 +155,7 @@ def _torch_does(op: str, t: Tensor, a: float, b: float, g: torch.Generator) -> N
         t.uniform_(a, b, generator=g)
     elif op in ("normal", "normal_pairs"):
         t.normal_(a, b, generator=g)
-    elif op == "trunc_normal":
+    elif op in ("trunc_normal", "trunc_erfinv"):
         original.trunc_normal_(t, a, b, -1.5, 1.25, generator=g)
     elif op == "constant":
         t.fill_(a)
@@ -136,16 +166,25 @@ def _torch_does(op: str, t: Tensor, a: float, b: float, g: torch.Generator) -> N
 
 
 def _agree(
-    op: str, dtype: torch.dtype, layout: str, flavour: int, case: tuple[float, float]
+    op: str, dtype: torch.dtype, layout: str, flavour: int, case: tuple[float, float], device: int
 ) -> bool:
-    theirs, ours = _tensor(dtype, layout, op), _tensor(dtype, layout, op)
-    g = torch.Generator()
+    if device < 0:
+        theirs, ours = _tensor(dtype, layout, op), _tensor(dtype, layout, op)
+        g = torch.Generator()
+    else:
+        theirs = _tensor_on_gpu(dtype, layout, op, device)
+        # A split tensor takes 2 GB: one after the other, in the same memory.
+        ours = theirs if layout == "split" else _tensor_on_gpu(dtype, layout, op, device)
+        g = torch.Generator(torch.device("cuda", device))
     # sparse_ draws its rows from the default generator: put that back for each of the two.
-    also = [torch.default_generator] if op == "sparse_mask" else []
+    also = [torch.default_generator] if op in ("sparse_mask", "sparse") else []
     saved = [d.get_state() for d in also]
     try:
         g.manual_seed(SEED)
         _torch_does(op, theirs, *case, g)
+        if theirs is ours:
+            theirs = theirs.clone()
+            ours.zero_()
         after = [d.get_state() for d in (g, *also)]
         g.manual_seed(SEED)
         for d, state in zip(also, saved):
@@ -159,13 +198,13 @@ def _agree(
                 return False
             fills[0] = normals
         fills[-1].flavour = flavour
-        plan.run(fills)
+        execute.run(fills)
         same = all(torch.equal(d.get_state(), s) for d, s in zip((g, *also), after))
     finally:
         for d, state in zip(also, saved):
             d.set_state(state)
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[theirs.element_size()]
-    return same and torch.equal(theirs.view(kind), ours.view(kind))
+    return same and torch.equal(theirs.contiguous().view(kind), ours.contiguous().view(kind))
 
 
 # ---- the table of `python -m fastinit verify` ----------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Where random words come from: torch's CPU generators, read, advanced and put back.
+"""Where random words come from: torch's generators, read, advanced and put back.
 
 Only this module touches a generator, except for the ones probe.py makes or lends to torch.
 """
@@ -19,6 +19,7 @@ from fastinit import backend
 STATE_SIZE = 5056  # bytes of get_state(); csrc/plan.h has the layout
 _NORMAL_IS_VALID = 5040  # offset of the flag of the cached normal
 _ATTEMPTS = 8
+_SEEDS = (1 << 64) - 1
 _QUICK = 1 << 17  # words that are passed over in ten microseconds
 _address = torch.Tensor.data_ptr  # as it is now: recorders replace it
 
@@ -62,15 +63,32 @@ def current(generator: torch.Generator) -> bytes:
     return ctypes.string_at(_address(state), STATE_SIZE)
 
 
-def resolve(generator: torch.Generator | None) -> torch.Generator:
-    return torch.default_generator if generator is None else generator
+def resolve(generator: torch.Generator | None, device: int) -> torch.Generator:
+    """The generator that torch would draw from; `device`: index of a GPU, or -1."""
+    if generator is not None:
+        return generator
+    if device < 0:
+        return torch.default_generator
+    return torch.cuda.default_generators[device]
 
 
-def is_supported(generator: object) -> bool:
-    """Whether it is a CPU generator (None: the default one) whose words the kernels know."""
-    return generator is None or (
-        type(generator) is torch.Generator and generator.device.type == "cpu"
-    )
+def is_supported(generator: object, device: int) -> bool:
+    """Whether it is a generator of that device (None: its default one)."""
+    if generator is None:
+        return True
+    if type(generator) is not torch.Generator:
+        return False
+    of = generator.device
+    return of.type == "cpu" if device < 0 else of.type == "cuda" and of.index == device
+
+
+def philox(generator: torch.Generator) -> tuple[int, int]:
+    """Of a CUDA generator: its seed, and its offset in blocks of four words."""
+    return generator.initial_seed() & _SEEDS, generator.get_offset() // 4
+
+
+def set_philox(generator: torch.Generator, block: int) -> None:
+    generator.set_offset(4 * block)
 
 
 def key_of(generator: torch.Generator) -> int:

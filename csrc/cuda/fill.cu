@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The kernel: a grid that stays, over the tiles of all fills of a launch.
+
+#include <cstdio>
+
+#include "device.h"
+#include "tiles.h"
+
+namespace fastinit {
+namespace cuda {
+namespace {
+
+constexpr int kBlocksPerProcessor = 2;  // up to 128 registers: the compiler wants 98 to 110
+
+// The last of `count` fills whose first tile is not behind `tile`. All lanes of a block take part.
+__device__ uint32_t find(const Fill* fills, uint32_t count, uint32_t tile) {
+  uint32_t begin = 0;
+  while (count > 1) {
+    const uint32_t step = (count + kLanes - 1) / kLanes;
+    const uint32_t mine = threadIdx.x * step;
+    const bool before = mine < count && fills[begin + mine].first_tile <= tile;
+    const uint32_t chosen = (__syncthreads_count(before) - 1) * step;
+    begin += chosen;
+    count = min(step, count - chosen);
+  }
+  return begin;
+}
+
+// The block from which a fill counts. Tiles are handed out in order if any fill waits for another,
+// so what is waited for is in the hands of blocks that run.
+__device__ uint64_t origin_of(const Fill& f, const Source& source, const Progress* progress) {
+  if (f.after < 0) return source.block;
+  const volatile Slot* const slot = progress->slots + f.after;
+  while (slot->ready == 0) __nanosleep(200);
+  __threadfence();
+  return slot->end;
+}
+
+__device__ void count_rounds(const Fill& f, Progress* progress, uint64_t origin, uint32_t rounds) {
+  Slot* const slot = progress->slots + f.slot;
+  if (rounds != 0) atomicMax(&slot->rounds, rounds);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x != 0 || atomicAdd(&slot->tiles_done, 1u) + 1 != f.slot_tiles) return;
+  __threadfence();
+  const uint64_t last = end_of(f, origin, atomicMax(&slot->rounds, 0u));
+  *const_cast<volatile uint64_t*>(&slot->end) = last;
+  __threadfence();
+  atomicExch(&slot->ready, 1u);
+}
+
+__device__ uint32_t next_tile(Progress* progress, uint32_t tile) {
+  if (progress == nullptr) return tile + gridDim.x;
+  __shared__ uint32_t claimed;
+  __syncthreads();
+  if (threadIdx.x == 0) claimed = atomicAdd(&progress->next_tile, 1u);
+  __syncthreads();
+  return claimed;
+}
+
+// The fill that a block is at. In shared memory it costs the loops no registers.
+struct Current {
+  Fill fill;
+  uint64_t seed, origin;
+};
+
+__device__ void load(const Arguments& args, uint32_t tile, Progress* progress, Current* now) {
+  const Fill* const fills =
+      args.table != 0 ? reinterpret_cast<const Fill*>(args.table) : args.inlined;
+  const uint64_t* const from =
+      reinterpret_cast<const uint64_t*>(fills + find(fills, args.fills, tile));
+  __syncthreads();  // all lanes are done with the fill before
+  if (threadIdx.x < sizeof(Fill) / 8) {
+    reinterpret_cast<uint64_t*>(&now->fill)[threadIdx.x] = from[threadIdx.x];
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const Source& source = args.sources[now->fill.source];
+    now->seed = source.seed;
+    now->origin = origin_of(now->fill, source, progress);
+  }
+  __syncthreads();
+}
+
+__global__ void __launch_bounds__(kLanes, kBlocksPerProcessor)
+    fill_kernel(const __grid_constant__ Arguments args) {
+  __shared__ Current now;
+  Progress* const progress = reinterpret_cast<Progress*>(args.progress);
+  if (threadIdx.x == 0) now.fill.first_tile = now.fill.tiles = 0;
+  __syncthreads();
+  uint32_t tile = progress == nullptr ? blockIdx.x : next_tile(progress, 0);
+  for (; tile < args.tiles; tile = next_tile(progress, tile)) {
+    if (tile - now.fill.first_tile >= now.fill.tiles) load(args, tile, progress, &now);
+    const uint32_t rounds =
+        write_tile(now.fill, now.seed, now.origin, tile - now.fill.first_tile, threadIdx.x);
+    if (now.fill.op == Op::trunc_normal) count_rounds(now.fill, progress, now.origin, rounds);
+  }
+}
+
+int resident_blocks(int device, cudaError_t* error) {
+  int per_processor = 0, processors = 0;
+  *error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, fill_kernel, kLanes, 0);
+  if (*error != cudaSuccess) return 0;
+  *error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  return per_processor * processors;
+}
+
+}  // namespace
+
+Status launch(const Arguments& args, int device, uint64_t stream) {
+  static int resident[64] = {};  // racing threads write the same
+  int current = -1;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
+  int blocks = device >= 0 && device < 64 ? resident[device] : 0;
+  if (error == cudaSuccess && blocks == 0) {
+    blocks = resident_blocks(device, &error);
+    if (device < 64) resident[device] = blocks;
+  }
+  if (error == cudaSuccess && args.tiles != 0) {
+    if (static_cast<uint32_t>(blocks) > args.tiles) blocks = static_cast<int>(args.tiles);
+    fill_kernel<<<blocks, kLanes, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args);
+    error = cudaGetLastError();
+  }
+  if (current >= 0 && current != device) cudaSetDevice(current);
+  return {static_cast<int>(error), cudaGetErrorString(error)};
+}
+
+Status driver() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  return {static_cast<int>(error), error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
+}
+
+}  // namespace cuda
+}  // namespace fastinit

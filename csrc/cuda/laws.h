@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// torch's laws on CUDA: from the words of a Philox block to elements of a tensor, rounding by
+// rounding as in ATen/native/cuda/DistributionTemplates.h and the cuRAND functions it calls.
+#pragma once
+
+#include "launch.h"
+#include "philox.h"
+
+namespace fastinit {
+namespace cuda {
+
+// How a dtype is stored (T), computed with (A), and how many elements share a Philox block (kOf).
+template <Dtype dtype>
+struct Element;
+
+template <>
+struct Element<Dtype::f32> {
+  using T = float;
+  using A = float;
+  static constexpr int kOf = 4;
+  static FI_FN T code(A x) { return x; }
+  static FI_FN A value(T x) { return x; }
+};
+
+template <>
+struct Element<Dtype::f64> {
+  using T = double;
+  using A = double;
+  static constexpr int kOf = 2;
+  static FI_FN T code(A x) { return x; }
+  static FI_FN A value(T x) { return x; }
+};
+
+template <>
+struct Element<Dtype::bf16> {
+  using T = uint16_t;
+  using A = float;
+  static constexpr int kOf = 4;
+  static FI_FN T code(A x) { return code_bf16(x); }
+  static FI_FN A value(T x) { return value_bf16(x); }
+};
+
+template <>
+struct Element<Dtype::f16> {
+  using T = uint16_t;
+  using A = float;
+  static constexpr int kOf = 4;
+  static FI_FN T code(A x) { return code_f16(x); }
+  static FI_FN A value(T x) { return value_f16(x); }
+};
+
+// (0, 1] from one word; curand_uniform.
+FI_FN float unit(uint32_t w) { return fma_of(to_float(w), 0x1p-32f, 0x1p-33f); }
+
+// 53 bits of two words, which overlap; curand_uniform_double.
+FI_FN double bits53(uint32_t a, uint32_t b) { return to_double(a ^ uint64_t{b} << 21); }
+FI_FN double unit(uint32_t a, uint32_t b) { return fma_of(bits53(a, b), 0x1p-53, 0x1p-54); }
+
+// Element `i` of the uniforms of a block.
+FI_FN void uniform_of(const Words& x, int i, float* u) { *u = unit(x.w[i]); }
+FI_FN void uniform_of(const Words& x, int i, double* u) { *u = unit(x.w[2 * i], x.w[2 * i + 1]); }
+
+// Two standard normals, sine first; curand_box_muller, whose sine and cosine are the hardware's.
+FI_FN void box_muller(uint32_t a, uint32_t b, float* z) {
+  constexpr float kTurn = 0x1p-32f * 6.2831855f;
+  const float s = sqrt_of(mul(-2.0f, log_of(unit(a))));
+  float sine, cosine;
+  sincos_fast(fma_of(to_float(b), kTurn, kTurn / 2), &sine, &cosine);
+  z[0] = mul(sine, s);
+  z[1] = mul(cosine, s);
+}
+
+FI_FN void box_muller(const Words& x, double* z) {
+  const double s = sqrt_of(mul(-2.0, log_of(unit(x.w[0], x.w[1]))));
+  double sine, cosine;
+  sincospi_of(fma_of(bits53(x.w[2], x.w[3]), 0x1p-52, 0x1p-53), &sine, &cosine);
+  z[0] = mul(sine, s);
+  z[1] = mul(cosine, s);
+}
+
+// The first `count` of the normals of a block.
+template <int count>
+FI_FN void normals_of(const Words& x, float* z) {
+  float pair[2];
+  box_muller(x.w[0], x.w[1], pair);
+  z[0] = pair[0];
+  if (count > 1) z[1] = pair[1];
+  if (count > 2) {
+    box_muller(x.w[2], x.w[3], pair);
+    z[2] = pair[0];
+    z[3] = pair[1];
+  }
+}
+
+template <int count>
+FI_FN void normals_of(const Words& x, double* z) {
+  double pair[2];
+  box_muller(x, pair);
+  z[0] = pair[0];
+  if (count > 1) z[1] = pair[1];
+}
+
+// uniform_kernel: what rounds up to `to` becomes `from`.
+template <Dtype dtype>
+struct Uniform {
+  using E = Element<dtype>;
+  using A = typename E::A;
+  A from, to, range;
+
+  explicit FI_FN Uniform(const double* p)
+      : from(E::value(E::code(static_cast<A>(p[0])))),
+        to(E::value(E::code(static_cast<A>(p[1])))),
+        range(E::value(E::code(add(to, -from)))) {}
+  FI_FN typename E::T value(A u) const {
+    const typename E::T v = E::code(fma_of(u, range, from));
+    return E::value(v) == to ? E::code(from) : v;
+  }
+  template <int count>
+  FI_FN void draw(const Words& x, typename E::T* out) const {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      A u;
+      uniform_of(x, i, &u);
+      out[i] = value(u);
+    }
+  }
+};
+
+template <Dtype dtype>
+struct Normal {
+  using E = Element<dtype>;
+  using A = typename E::A;
+  A mean, std;
+
+  explicit FI_FN Normal(const double* p)
+      : mean(static_cast<A>(p[0])), std(static_cast<A>(p[1])) {}
+  template <int count>
+  FI_FN void draw(const Words& x, typename E::T* out) const {
+    A z[E::kOf];
+    normals_of<count>(x, z);
+#pragma unroll
+    for (int i = 0; i < count; ++i) out[i] = E::code(fma_of(z[i], std, mean));
+  }
+};
+
+// trunc_normal_ before torch 2.12: uniform_, erfinv_, mul_, add_, clamp_, each rounded to the dtype.
+template <Dtype dtype>
+struct TruncErfinv {
+  using E = Element<dtype>;
+  using A = typename E::A;
+  Uniform<dtype> uniform;
+  A scale, mean, lo, hi;
+
+  explicit FI_FN TruncErfinv(const double* p)
+      : uniform(p),
+        scale(static_cast<A>(p[2])),
+        mean(static_cast<A>(p[3])),
+        lo(static_cast<A>(p[4])),
+        hi(static_cast<A>(p[5])) {}
+  template <int count>
+  FI_FN void draw(const Words& x, typename E::T* out) const {
+    uniform.template draw<count>(x, out);
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      A v = E::value(E::code(erfinv_of(E::value(out[i]))));
+      v = E::value(E::code(mul(v, scale)));
+      v = E::value(E::code(add(v, mean)));
+      v = v < lo ? lo : v;
+      out[i] = E::code(v > hi ? hi : v);
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace fastinit

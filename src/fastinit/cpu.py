@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Fills of CPU memory: words, overlap, packed descriptors, native calls."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+
+from fastinit import backend, plan, source
+from fastinit.plan import DTYPES, Fill
+
+_OP_CODE = {op: code for code, op in enumerate(plan.OPS)}
+_PACK = struct.Struct("<QQddddQiBBBB8q")  # FillDesc of csrc/plan.h
+
+
+def words_drawn(fill: Fill, cached: bool) -> int:
+    """32-bit words torch draws for it; `cached`: the generator holds a second normal sample."""
+    n = fill.items
+    per_item = 2 if fill.tensor.dtype is torch.float64 else 1
+    if fill.op == "uniform":
+        return n * per_item
+    if fill.op == "normal":  # the last 16 elements are drawn again if the size is no multiple
+        if fill.tensor.element_size() == 2:
+            return (n + 15) // 16 * 16
+        return (n + (16 if n % 16 else 0)) * per_item
+    if fill.op == "normal_pairs":
+        return (n - cached + 1) // 2 * 4
+    if fill.op == "sparse_mask":
+        return n * (fill.shape[0] - 1)
+    return 0
+
+
+def _pack(fill: Fill, address: int, word: int, src: int, cached: bool) -> bytes:
+    return _PACK.pack(
+        address, fill.items, fill.a, fill.b, fill.lo,
+        float(cached) if fill.op == "normal_pairs" else fill.hi,
+        word, src, _OP_CODE[fill.op], DTYPES[fill.tensor.dtype], fill.flavour, fill.rank,
+        *fill.shape,
+    )  # fmt: skip
+
+
+class _Stage:
+    """Fills that touch different memory and whose words are known: one native call."""
+
+    def __init__(self, states: list[source.State], index: dict[int, int], alone: bool) -> None:
+        self._states, self._index, self._alone = states, index, alone
+        self._begin()
+
+    def _begin(self) -> None:
+        self._packed: list[bytes | None] = []
+        self._room = plan.Room()
+        self._words = [0] * len(self._states)
+        self._cached = [s.has_cached_normal for s in self._states]
+        self._made_cached = [False] * len(self._states)  # in this stage: its value is not known yet
+
+    def add(self, fill: Fill) -> int:
+        """How many times the tensor's version goes up."""
+        src = -1 if fill.generator is None else self._index[source.key_of(fill.generator)]
+        if fill.op == "trunc_normal":  # how many words it draws depends on their values
+            self.flush()
+            packed = _pack(fill, plan.address_of(fill.tensor), 0, src, False)
+            rounds = backend.run_trunc(packed, self._states[src].address)
+            return fill.bumps + (rounds > 1)  # torch copies the result of later rounds
+        pairs = fill.op == "normal_pairs"
+        if pairs and self._cached[src] and self._made_cached[src]:
+            self.flush()
+        extent = plan.extent(fill)
+        if not self._alone:
+            self._make_room(fill, extent, not pairs)
+        if src < 0:
+            self._packed.append(_pack(fill, extent[0], 0, src, False))
+            return fill.bumps
+        cached = pairs and self._cached[src]
+        self._packed.append(_pack(fill, extent[0], self._words[src], src, cached))
+        self._words[src] += words_drawn(fill, cached)
+        if pairs:
+            self._cached[src] = (fill.items - cached) % 2 != 0
+            self._made_cached[src] = True
+        return fill.bumps
+
+    def _make_room(self, fill: Fill, extent: tuple[int, int], droppable: bool) -> None:
+        """One that is overwritten completely is not done; its words still count."""
+        dropped = self._room.take(fill, extent, len(self._packed), droppable)
+        if dropped is None:
+            self.flush()
+            dropped = self._room.take(fill, extent, 0, droppable)
+        for position in dropped or ():
+            self._packed[position] = None
+
+    def flush(self) -> None:
+        packed = b"".join(p for p in self._packed if p is not None)
+        if packed or any(self._words):
+            backend.run(packed, [s.address for s in self._states], self._words)
+        self._begin()
+
+
+def run(fills: Sequence[Fill], bumps: list[int]) -> None:
+    """Do the fills as if torch had done them one by one; `bumps`: of the tensors' versions."""
+    generators = {source.key_of(f.generator): f.generator for f in fills if f.generator is not None}
+    index = {key: i for i, key in enumerate(generators)}
+
+    def work(states: list[source.State]) -> None:
+        bumps.clear()
+        stage = _Stage(states, index, len(fills) == 1)
+        for fill in fills:
+            bumps.append(stage.add(fill))
+        stage.flush()
+
+    source.draw(list(generators.values()), work)
+
+
+def draw_ahead(fill: Fill, scratch: torch.Tensor) -> torch.Tensor:
+    """Move its generator on as if it had been filled; the generator's state before."""
+    assert fill.generator is not None
+    return source.draw_ahead(fill.generator, words_drawn(fill, False), scratch)
+
+
+def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
+    """Do fills whose words were drawn ahead, in one native call. None may overlap another."""
+    states = [plan.address_of(fill.state) for fill, _ in fills if fill.state is not None]
+    packed, src = [], -1
+    for fill, storage in fills:
+        address = plan.base_of(storage) + fill.extent[0]
+        src += fill.state is not None
+        packed.append(_pack(fill, address, 0, -1 if fill.state is None else src, False))
+    backend.run(b"".join(packed), states, [0] * len(states))
