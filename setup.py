@@ -90,13 +90,14 @@ def architectures(nvcc: str) -> list[str]:
         return [f"sm_{a}" for a in codes] + [f"compute_{a}" for a in codes[-1:]]
     names: list[str] = []
     for item in re.split(r"[;,\s]+", asked):
-        base, ptx, _ = item.partition("+PTX")
+        base, ptx, rest = item.partition("+PTX")
         for version in NAMES.get(base.lower(), base).split(";"):
             code = version.replace(".", "")
-            if not re.fullmatch(r"\d+\.\d[af]?", version) or code not in known:
+            plain = re.fullmatch(r"(\d+)\.(\d)[af]?", version)
+            if rest or plain is None or "".join(plain.groups()) not in known:
                 raise SystemExit(
                     f"fastinit: TORCH_CUDA_ARCH_LIST names {item!r}; this nvcc compiles for "
-                    + ", ".join(f"{a[:-1]}.{a[-1:]}" for a in known if a[-1:].isdigit())
+                    + ", ".join(f"{a[:-1]}.{a[-1]}" for a in known)
                 )
             names += [f"sm_{code}"] + ([f"compute_{code}"] if ptx else [])
     return names

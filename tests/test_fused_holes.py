@@ -36,7 +36,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.dlpack import to_dlpack
 
 import fastinit
-from fastinit import backend, plan
+from fastinit import backend, execute, plan
 
 from . import blocks
 from .blocks import Block, Cases, compare, compare_in_process
@@ -504,7 +504,7 @@ def test_interrupted_writing(
     expected, state = eagerly(pending)
     with fastinit.fused():
         pending()  # all kinds have been proved
-    owner = plan if function == "run_ahead" else backend
+    owner = execute if function == "run_ahead" else backend
     found: list[torch.Tensor] = []
     torch.manual_seed(3)
     if where == "end":

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CSRC, PACKAGE = ROOT / "csrc", ROOT / "src" / "fastinit"
-NATIVE = sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp"})
+NATIVE = sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp", ".cu"})
 PYTHON = sorted(PACKAGE.glob("*.py"))
 
 
@@ -29,6 +29,7 @@ def test_kernels_know_no_framework(path: Path) -> None:
             assert not name.startswith(("pybind11/", "Python")), name
         if path.name.endswith(".inl.h"):
             raise AssertionError(f"a body compiled per target includes {name}")
+        assert {path.parent.name, Path(name).parent.name} != {"cpu", "cuda"}, name
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda p: p.name)
@@ -37,7 +38,8 @@ def test_one_module_per_job(path: Path) -> None:
     owners = {
         r"\.data_ptr\b": {"plan.py", "source.py"},  # source.py: of its copy of a generator's state
         r"\.(get|set)_state\(": {"source.py", "probe.py"},  # probe.py makes and lends generators
-        r"_cpu\.(run|advance)": {"backend.py"},
+        r"_(cpu|cuda)\.(run|advance)": {"backend.py"},
+        r"\.(get|set)_offset\(": {"source.py"},
     }
     for pattern, files in owners.items():
         if re.search(pattern, code):
@@ -45,19 +47,22 @@ def test_one_module_per_job(path: Path) -> None:
     imported = set(re.findall(r"from fastinit import ([\w, ]+)", code))
     names = {n.strip() for group in imported for n in group.split(",")}
     below = {
-        "backend.py": {"_cpu"},
+        "backend.py": {"_cpu", "_cuda"},
         "source.py": {"backend"},
         "plan.py": {"backend", "source"},
-        "probe.py": {"plan"},
-        "init.py": {"plan", "probe", "source"},
+        "probe.py": {"cuda", "execute", "plan"},
+        "cpu.py": {"backend", "plan", "source"},
+        "cuda.py": {"backend", "cpu", "plan", "source"},
+        "execute.py": {"cpu", "cuda", "plan"},
+        "init.py": {"execute", "plan", "probe", "source"},
         "report.py": {"plan"},
-        "operators.py": {"plan"},
-        "capture.py": {"operators", "plan", "probe", "source"},
+        "operators.py": {"backend", "plan"},
+        "capture.py": {"execute", "operators", "plan", "probe", "source"},
         "hooks.py": {"init", "plan"},
         "block.py": {"hooks", "plan"},
         "install.py": {"hooks"},
         "mode.py": set(),
         "materialize.py": {"block", "plan"},
-        "model.py": {"block", "hooks", "init", "plan", "probe", "source"},
+        "model.py": {"block", "execute", "hooks", "init", "plan", "probe", "source"},
     }
     assert names <= below.get(path.name, names)

@@ -60,6 +60,23 @@ FI_FN double unit(uint32_t a, uint32_t b) { return fma_of(bits53(a, b), 0x1p-53,
 FI_FN void uniform_of(const Words& x, int i, float* u) { *u = unit(x.w[i]); }
 FI_FN void uniform_of(const Words& x, int i, double* u) { *u = unit(x.w[2 * i], x.w[2 * i + 1]); }
 
+// logf of CUDA's libdevice, operation by operation, for what `unit` gives: its branches for denormal
+// and infinite arguments are left out, and 2^-23 is part of the constant that the exponent meets.
+FI_FN float log_of(float x) {
+  const uint32_t exponent = (bits_of(x) - 0x3F2AAAABu) & 0xFF800000u;
+  const float f = add(float_of(bits_of(x) - exponent), -1.0f);
+  float p = fma_of(f, float_of(0xBE055027), float_of(0x3E1039F6));
+  p = fma_of(f, p, float_of(0xBDF8CDCC));
+  p = fma_of(f, p, float_of(0x3E0F2955));
+  p = fma_of(f, p, float_of(0xBE2AD8B9));
+  p = fma_of(f, p, float_of(0x3E4CED0B));
+  p = fma_of(f, p, float_of(0xBE7FFF22));
+  p = fma_of(f, p, float_of(0x3EAAAA78));
+  p = fma_of(f, p, -0.5f);
+  p = fma_of(f, mul(f, p), f);
+  return fma_of(to_float(static_cast<int32_t>(exponent)), 0x1p-23f * float_of(0x3F317218), p);
+}
+
 // Two standard normals, sine first; curand_box_muller, whose sine and cosine are the hardware's.
 FI_FN void box_muller(uint32_t a, uint32_t b, float* z) {
   constexpr float kTurn = 0x1p-32f * 6.2831855f;
