@@ -130,7 +130,7 @@ class NinjaBuild(build_ext):
         else:
             release = next(x for x in version_of(nvcc) if "release" in x)
             code = architectures(nvcc)
-            python += f" '-DFASTINIT_NVCC=\"nvcc {release.split()[-1]}\"'"
+            python += f" '-DFASTINIT_NVCC=\"nvcc {release.split()[-1].lstrip('V')}\"'"
             python += f" '-DFASTINIT_ARCHITECTURES=\"{' '.join(code)}\"'"
             link_flags = "-cudart static -Xcompiler -pthread"
         edges, objects = [], []

@@ -35,6 +35,16 @@ POISONS = (float("nan"), -77.0)
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
+    config.addinivalue_line("markers", "cuda: needs a GPU; left out where there is none")
+    config.addinivalue_line("markers", "sanitize: what compute-sanitizer is to look at")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() or "FASTINIT_TEST_DEVICE" in os.environ:
+        return
+    left_out = [item for item in items if item.get_closest_marker("cuda")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

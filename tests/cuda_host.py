@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A GPU without a GPU: CPU memory stands for its memory, and the kernel's body, compiled for the
-host, for the kernel. What is tested is everything but the launch and the hardware's sine and cosine.
+"""A GPU without a GPU: CPU memory stands for its memory, and for the kernel its body, compiled for
+the host. What is tested is everything but the launch and the hardware's sine and cosine.
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ def simulated(gpu: Gpu) -> Iterator[Simulation]:
         patch.setattr(plan, "MIN_CUDA", 0)
         patch.setattr(plan, "MIN_NATIVE", 0)
         patch.setattr(backend, "cuda_grid", lambda device: (gpu.processors, gpu.threads))
+        patch.setattr(backend, "can_use_cuda", lambda: True)
         patch.setattr(backend, "cuda_stream", lambda device: 7)
         patch.setattr(backend, "cuda_run", sim.run)
         patch.setattr(backend, "cuda_upload", sim.upload)

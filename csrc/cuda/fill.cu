@@ -133,7 +133,8 @@ Status launch(const Arguments& args, int device, uint64_t stream) {
 }
 
 Status driver() {
-  int count = 0;
+  int version = 0, count = 0;
+  if (cudaDriverGetVersion(&version) == cudaSuccess && version == 0) return {-1, "no driver"};
   const cudaError_t error = cudaGetDeviceCount(&count);
   return {static_cast<int>(error), error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
 }

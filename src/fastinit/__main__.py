@@ -185,15 +185,42 @@ def info() -> int:
         f"{name}{'' if runs else ' (not on this processor)'}" for name, runs in _cpu.targets()
     ]
     print(f"targets   {', '.join(targets)}; in use: {_cpu.target()}")
-    print("CUDA      no kernels in this version: torch fills tensors on GPUs")
+    for line in _about_cuda():
+        print(f"CUDA      {line}")
     return 0
 
 
-def verify() -> int:
+def _about_cuda() -> list[str]:
+    """What serves GPUs here, or why torch does."""
+    import torch
+
+    from fastinit import backend
+
+    module = backend._cuda
+    if module is None:
+        return [f"no kernels ({backend.why_no_cuda}); torch fills tensors on GPUs"]
+    lines = [f"fastinit._cuda built with {module.COMPILER} for {module.ARCHITECTURES}"]
+    missing = module.why_no_driver()
+    if missing:
+        lines.append(f"no GPU to run on: {missing}")
+    elif torch.version.cuda is None:
+        lines.append("torch is a CPU build, so there are no tensors on GPUs")
+    for i in range(0 if missing or torch.version.cuda is None else torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        lines.append(
+            f"GPU {i}: {p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} processors of "
+            f"{p.max_threads_per_multi_processor} threads"
+        )
+    return lines
+
+
+def verify(device: str = "cpu") -> int:
     """Which operator, dtype and layout runs natively here, and why the others do not."""
+    import torch
+
     from fastinit import probe
 
-    rows = probe.table()
+    rows = probe.table(-1 if device == "cpu" else torch.cuda.current_device())
     print(f"{'operator':<14}{'dtype':<10}{'layout':<12}{'runs':<8}why")
     for op, dtype, layout, way, why in rows:
         print(f"{op:<14}{dtype:<10}{layout:<12}{way:<8}{why}")
@@ -205,10 +232,14 @@ def verify() -> int:
     return 0
 
 
-def run_bench(selected: str) -> int:
+def run_bench(selected: str, device: str = "cpu", json: str | None = None) -> int:
     """The table of the README."""
     from fastinit import bench
 
+    if device != "cpu":
+        from fastinit import bench_cuda
+
+        return bench_cuda.main(selected, json)
     print(bench.header() + "\n")
     for line in bench.table(selected):
         print(line, flush=True)
@@ -220,14 +251,24 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", help=demo.__doc__)
     commands.add_parser("info", help=info.__doc__)
-    commands.add_parser("verify", help=verify.__doc__)
-    commands.add_parser("bench", help=run_bench.__doc__).add_argument(
-        "cases", nargs="?", default="", help="only cases whose name contains this"
-    )
+    checking = commands.add_parser("verify", help=verify.__doc__)
+    timing = commands.add_parser("bench", help=run_bench.__doc__)
+    for command in (checking, timing):
+        command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    timing.add_argument("--json", help="also write the figures to this file (with --device cuda)")
+    timing.add_argument("cases", nargs="?", default="", help="only cases whose name contains this")
     arguments = parser.parse_args()
+    if getattr(arguments, "device", "cpu") == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            print("\n".join(["There is no GPU that torch can use.", *_about_cuda()]))
+            return 1
     if arguments.command == "bench":
-        return run_bench(arguments.cases)
-    return {"demo": demo, "info": info, "verify": verify}[arguments.command]()
+        return run_bench(arguments.cases, arguments.device, arguments.json)
+    if arguments.command == "verify":
+        return verify(arguments.device)
+    return {"demo": demo, "info": info}[arguments.command]()
 
 
 if __name__ == "__main__":

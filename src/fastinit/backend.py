@@ -64,9 +64,16 @@ def advance(state: int, to: int, words: int) -> None:
 
 
 def can_use_cuda() -> bool:
-    """Whether there are kernels, and no graph is being captured, whose replays would have to draw
-    other numbers each time."""
+    """Whether there are kernels, and no graph is being captured, which would repeat its numbers."""
     return _cuda is not None and not torch._C._cuda_isCurrentStreamCapturing()
+
+
+def refuse_capture() -> None:
+    if not can_use_cuda():
+        raise RuntimeError(
+            "fastinit: this cannot run while a CUDA graph is captured, whose replays would have to "
+            "draw other numbers each time; call the functions one by one, which torch then does"
+        )
 
 
 @functools.cache

@@ -296,6 +296,7 @@ class Batch:
 
     def run(self, bumps: list[int]) -> None:
         """Draw on from where the generators are. `bumps`: of the versions of the fills' tensors."""
+        backend.refuse_capture()
         rounds: list[int] = []
         with source.turn(*self._generators):
             states = [source.philox(g) for g in self._generators]
@@ -326,6 +327,7 @@ def draw_ahead(fill: Fill) -> tuple[int, int]:
 def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
     """Do fills whose numbers were drawn ahead: a launch for each device, if all were asked for on
     one stream and with few seeds. None may overlap another."""
+    backend.refuse_capture()
     launches: dict[tuple[int, int], list[tuple[Launch, dict[int, int]]]] = {}
     for fill, storage in fills:
         of_stream = launches.setdefault((fill.device, fill.stream), [(Launch(fill.device), {})])

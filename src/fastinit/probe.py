@@ -61,7 +61,7 @@ def verdict(op: str, dtype: torch.dtype, layout: str, device: int = -1) -> int |
     return _verdicts[key]
 
 
-def _candidates(op: str, dtype: torch.dtype, layout: str, device: int) -> tuple[int, ...]:
+def _candidates(op: str, dtype: torch.dtype, layout: str, device: int = -1) -> tuple[int, ...]:
     """Flavours to try. Where rounding to the dtype hides the differences between flavours from a
     thousand elements, though not from millions, the one that a wider dtype shows is the only one.
     """
@@ -209,41 +209,52 @@ def _agree(
 
 # ---- the table of `python -m fastinit verify` ----------------------------------------------------
 
-# What each public function is made of.
+# What each public function is made of: on the CPU, and on a GPU.
 FUNCTIONS = {
-    "uniform_": "uniform",
-    "normal_": "normal",
-    "trunc_normal_": "trunc_normal",
-    "constant_": "constant",
-    "eye_, dirac_": "diagonal",
-    "sparse_": "sparse_mask",
-    "orthogonal_": "normal",
+    "uniform_": ("uniform", "uniform"),
+    "normal_": ("normal", "normal"),
+    "trunc_normal_": ("trunc_normal", "trunc_normal"),
+    "constant_": ("constant", "constant"),
+    "eye_, dirac_": ("diagonal", "diagonal"),
+    "sparse_": ("sparse_mask", "sparse"),
+    "orthogonal_": ("normal", "normal"),
 }
 LAYOUTS = ("contiguous", "dense", "strided")
 
 
-def table() -> list[tuple[str, str, str, str, str]]:
+def table(device: int = -1) -> list[tuple[str, str, str, str, str]]:
     """(function, dtype, layout, native or torch, why), from the verdicts the functions act by."""
     rows = []
-    for function, op in FUNCTIONS.items():
+    for function, ops in FUNCTIONS.items():
         for dtype in plan.DTYPES:
-            for layout in LAYOUTS:
-                way, why = _explain(function, op, dtype, layout)
+            for layout in (*LAYOUTS, "split") if device >= 0 else LAYOUTS:
+                way, why = _explain(function, ops[device >= 0], dtype, layout, device)
                 rows.append((function, str(dtype)[6:], layout, way, why))
     return rows
 
 
-def _explain(function: str, op: str, dtype: torch.dtype, layout: str) -> tuple[str, str]:
+def _explain(
+    function: str, op: str, dtype: torch.dtype, layout: str, device: int
+) -> tuple[str, str]:
     if layout != "contiguous":
-        if op in ("diagonal", "sparse_mask", "trunc_normal"):
+        if op in ("diagonal", "sparse_mask", "sparse") or (op == "trunc_normal" and device < 0):
             return "torch", "native for contiguous tensors only"
-        if op == "normal" and function != "orthogonal_":
+        if op == "normal" and function != "orthogonal_" and device < 0:
             op = "normal_pairs"
-    if function == "orthogonal_" and dtype in (torch.bfloat16, torch.float16):
-        return "torch", "torch.linalg.qr has no 16-bit types"
-    flavour = verdict(op, dtype, "contiguous" if function == "orthogonal_" else layout)
+    if function == "orthogonal_":
+        if dtype in (torch.bfloat16, torch.float16):
+            return "torch", "torch.linalg.qr has no 16-bit types"
+        if device >= 0:
+            return "torch", "its normals are native in a plan or a block"
+        layout = "contiguous"
+    flavour = verdict(op, dtype, layout, device)
+    if flavour is None and op == "trunc_normal" and device >= 0:
+        op = "trunc_erfinv"
+        flavour = verdict(op, dtype, layout, device)
     if flavour is None:
         return "torch", "bits differ from torch's here, or torch lacks the operator"
+    if device >= 0:
+        return "native", f"equal bits{', by erfinv as torch before 2.12' * (op == 'trunc_erfinv')}"
     what = "normals native, torch.linalg.qr" if function == "orthogonal_" else "equal bits"
     wide = dtype is torch.float64 or op == "normal_pairs"
     maths = ", libm" if wide or flavour != 3 else ", AVX2 polynomials"
