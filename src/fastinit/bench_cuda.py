@@ -58,11 +58,12 @@ Ways = dict[str, Callable[[], object]]
 
 def _by_events(ways: Ways, rounds: int = 15) -> dict[str, float]:
     """Seconds on the GPU."""
+    event: Any = torch.cuda.Event
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, run in ways.items():
             run()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (event(enable_timing=True) for _ in range(2))
             begin.record()
             run()
             end.record()
