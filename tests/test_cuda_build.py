@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
 import shutil
@@ -22,19 +21,10 @@ KERNEL = ROOT / "csrc" / "cuda" / "fill.cu"
 ARCHITECTURES = ("80", "90", "100", "120")
 
 
-def find(tool: str) -> str | None:
-    """In PATH, or as Triton ships it."""
-    found = shutil.which(tool)
-    triton = importlib.util.find_spec("triton")
-    if found is None and triton is not None and triton.origin is not None:
-        found = shutil.which(str(Path(triton.origin).parent / "backends/nvidia/bin" / tool))
-    return found
-
-
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 built = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 disassembled = pytest.mark.skipif(
-    None in (_cuda, find("cuobjdump"), find("nvdisasm")),
+    None in (_cuda, shutil.which("cuobjdump"), shutil.which("nvdisasm")),
     reason="needs fastinit._cuda, cuobjdump and nvdisasm",
 )
 
@@ -42,7 +32,7 @@ disassembled = pytest.mark.skipif(
 @functools.cache
 def cubins() -> dict[str, Path]:
     """The machine code of the installed module, by architecture."""
-    tool = find("cuobjdump")
+    tool = shutil.which("cuobjdump")
     assert tool is not None
     folder = tempfile.mkdtemp()
     subprocess.run([tool, "-xelf", "all", _cuda.__file__], cwd=folder, check=True)
@@ -51,7 +41,7 @@ def cubins() -> dict[str, Path]:
 
 @functools.cache
 def machine_code(architecture: str) -> str:
-    tool = find("nvdisasm")
+    tool = shutil.which("nvdisasm")
     assert tool is not None
     command = [tool, "-c", str(cubins()[f"sm_{architecture}"])]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -102,7 +92,7 @@ def test_normals_are_computed_as_torch_does(architecture: str) -> None:
 
 @disassembled
 def test_the_module_has_code_for_the_named_architectures() -> None:
-    tool = find("cuobjdump")
+    tool = shutil.which("cuobjdump")
     assert tool is not None
     listed = subprocess.run([tool, "--list-ptx", _cuda.__file__], capture_output=True, text=True)
     for name in _cuda.ARCHITECTURES.split():

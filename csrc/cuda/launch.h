@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The contract between Python (fastinit/cuda.py packs it) and the kernel: one launch writes a list of
-// fills. Every decision is taken before; the kernel only obeys.
+// The contract between Python (fastinit/cuda.py packs it) and the kernel: one launch writes a list
+// of fills. Every decision is taken before; the kernel only obeys.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,10 @@
 namespace fastinit {
 namespace cuda {
 
-constexpr uint32_t kLanes = 256;         // threads of a block, which is also torch's block
-constexpr uint32_t kTileBytes = 16384;   // of a constant fill
-constexpr uint32_t kMostSources = 8;     // generators of a launch
-constexpr uint32_t kMostInlined = 25;    // fills that travel in the kernel's arguments
+constexpr uint32_t kLanes = 256;        // threads of a block, which is also torch's block
+constexpr uint32_t kTileBytes = 16384;  // of a constant fill
+constexpr uint32_t kMostSources = 8;    // generators of a launch
+constexpr uint32_t kMostInlined = 25;   // fills that travel in the kernel's arguments
 
 // A strided destination, innermost dimension first, strides in elements. rank 0: dense memory.
 struct Strided {
@@ -49,8 +49,8 @@ struct Fill {
   uint32_t tiles;
   uint32_t ranges;
   uint32_t threads;  // of torch's grid
-  int32_t after;     // the slot where the origin is found, once it is known; -1: the source's offset
-  int32_t slot;      // trunc_normal: where the rounds are counted
+  int32_t after;  // the slot where the origin is found, once it is known; -1: the source's offset
+  int32_t slot;   // trunc_normal: where the rounds are counted
   uint32_t slot_tiles;  // of all fills that count in the slot
   Op op;
   Dtype dtype;

@@ -60,8 +60,9 @@ FI_FN double unit(uint32_t a, uint32_t b) { return fma_of(bits53(a, b), 0x1p-53,
 FI_FN void uniform_of(const Words& x, int i, float* u) { *u = unit(x.w[i]); }
 FI_FN void uniform_of(const Words& x, int i, double* u) { *u = unit(x.w[2 * i], x.w[2 * i + 1]); }
 
-// logf of CUDA's libdevice, operation by operation, for what `unit` gives: its branches for denormal
-// and infinite arguments are left out, and 2^-23 is part of the constant that the exponent meets.
+// logf of CUDA's libdevice, operation by operation, for what `unit` gives: its branches for
+// denormal and infinite arguments are left out, and 2^-23 is part of the constant that the exponent
+// meets.
 FI_FN float log_of(float x) {
   const uint32_t exponent = (bits_of(x) - 0x3F2AAAABu) & 0xFF800000u;
   const float f = add(float_of(bits_of(x) - exponent), -1.0f);
@@ -149,8 +150,7 @@ struct Normal {
   using A = typename E::A;
   A mean, std;
 
-  explicit FI_FN Normal(const double* p)
-      : mean(static_cast<A>(p[0])), std(static_cast<A>(p[1])) {}
+  explicit FI_FN Normal(const double* p) : mean(static_cast<A>(p[0])), std(static_cast<A>(p[1])) {}
   template <int count>
   FI_FN void draw(const Words& x, typename E::T* out) const {
     A z[E::kOf];
@@ -160,7 +160,8 @@ struct Normal {
   }
 };
 
-// trunc_normal_ before torch 2.12: uniform_, erfinv_, mul_, add_, clamp_, each rounded to the dtype.
+// trunc_normal_ before torch 2.12: uniform_, erfinv_, mul_, add_, clamp_, each rounded to the
+// dtype.
 template <Dtype dtype>
 struct TruncErfinv {
   using E = Element<dtype>;

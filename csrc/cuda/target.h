@@ -123,19 +123,17 @@ inline float float_of(uint32_t x) {
   memcpy(&f, &x, sizeof f);
   return f;
 }
-inline float value_bf16(uint16_t x) {
-  return float_of(static_cast<uint32_t>(x) << 16);
-}
+inline float value_bf16(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
 inline uint16_t code_bf16(float x) {
   const uint32_t u = bits_of(x);
   return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 inline float value_f16(uint16_t x) {
   const int exponent = x >> 10 & 31, fraction = x & 1023;
-  const float magnitude = exponent == 0    ? std::ldexp(static_cast<float>(fraction), -24)
-                          : exponent == 31 ? INFINITY
-                                           : std::ldexp(static_cast<float>(1024 + fraction),
-                                                        exponent - 25);
+  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                          : exponent == 31
+                              ? INFINITY
+                              : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
   return x >> 15 ? -magnitude : magnitude;
 }
 inline uint16_t code_f16(float x) {
@@ -143,7 +141,7 @@ inline uint16_t code_f16(float x) {
   const float magnitude = std::fabs(x);
   if (magnitude >= 65520) return sign | 0x7c00;
   int exponent;
-  std::frexp(magnitude, &exponent);  // magnitude = 0.1... * 2^exponent
+  std::frexp(magnitude, &exponent);                         // magnitude = 0.1... * 2^exponent
   const int unit = (exponent < -13 ? -13 : exponent) - 11;  // of the last place
   const int places = static_cast<int>(std::nearbyint(std::ldexp(magnitude, -unit)));
   const int code = exponent < -13 ? places : (unit + 24) * 1024 + places;

@@ -134,7 +134,7 @@ FI_PATH void write_random(const Fill& f, uint64_t seed, uint64_t origin, uint32_
 // element takes the first of its draws that is. Returns how many draws more than one were needed.
 template <Dtype dtype>
 FI_PATH uint32_t write_truncated(const Fill& f, uint64_t seed, uint64_t origin, uint32_t tile,
-                               uint32_t lane) {
+                                 uint32_t lane) {
   using E = Element<dtype>;
   using T = typename E::T;
   const Normal<dtype> law(f.p);

@@ -48,4 +48,4 @@ __all__ = [  # torch's own come first
     *("Plan", "Report", "fused", "init_model_", "install", "installed", "materialize_", "record"),
     "uninstall",
 ]
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -21,14 +21,14 @@ class fused(ContextDecorator):
     Args:
         progress: show a bar (with tqdm, if installed) while writing what waited until the end
 
-    Inside, every in-place fill of a CPU tensor that reaches torch, by whatever name, is recorded
+    Inside, every in-place fill of a tensor that reaches torch, by whatever name, is recorded
     instead of run; generators move on at once. A fill is written at the end of the block, all of
-    them in one threaded pass, or as soon as something could see it: an operator, `.numpy()`, a new
-    thread. It is never written if another fill overwrites it first or its memory is freed. Small
-    fills (fewer than 8,192 elements), tensors made before the block and those on other devices are
-    filled when asked for. Afterwards everything is as if the block had run without:
-    values, version counters, generators, warnings, exceptions. If the block raises, what was asked
-    for so far is written.
+    them in one threaded pass (on a GPU in one kernel launch), or as soon as something could see it:
+    an operator, `.numpy()`, a new thread. It is never written if another fill overwrites it first
+    or its memory is freed. Small fills (on the CPU fewer than 8,192 elements), tensors made before
+    the block and those on devices other than CPU and CUDA are filled when asked for. Afterwards
+    everything is as if the block had run without: values, version counters, generators, warnings,
+    exceptions. If the block raises, what was asked for so far is written.
 
     Gives a `Report`. Works as a decorator, too. A block inside another joins it.
 
@@ -46,6 +46,7 @@ class fused(ContextDecorator):
     def __init__(self, *, progress: bool = False) -> None:
         self._progress = progress
         self._adopted: Iterable[Tensor] = ()
+        self._quiet = False
         self._entered: list[_Block | Report] = []
 
     def _recreate_cm(self) -> fused:  # of a decorated function, which may recurse or have threads
@@ -54,11 +55,10 @@ class fused(ContextDecorator):
     def __enter__(self) -> Report:
         outer = plan.this_thread.recorder
         if isinstance(outer, Capture):
-            for t in self._adopted:
-                outer.adopt(t)
+            outer.adopt_all(self._adopted)
             self._entered.append(outer.report)
             return outer.report
-        report = Report(progress=self._progress, reason=_why_not())
+        report = Report(progress=self._progress, reason=_why_not(), quiet=self._quiet)
         if report.reason:
             self._entered.append(report)
             return report
@@ -82,8 +82,7 @@ class _Block:
 
     def __init__(self, report: Report, adopted: Iterable[Tensor]) -> None:
         self._capture = Capture(report)
-        for t in adopted:
-            self._capture.adopt(t)
+        self._capture.adopt_all(adopted)
         self._hooks = hooks.hooked()
         self._hooks.__enter__()
         self._before = plan.set_recorder(self._capture)
@@ -116,7 +115,8 @@ def _why_not() -> str:
 
 
 def adopting(tensors: Iterable[Tensor]) -> fused:
-    """A block in which fills of these tensors may wait as well, though they are older."""
+    """A block in which fills of these tensors may wait as well, though they are older; whoever
+    holds them sees to it that they live as long. Its report is not to be looked at."""
     block = fused()
-    block._adopted = tensors
+    block._adopted, block._quiet = tensors, True
     return block

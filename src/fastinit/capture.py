@@ -50,9 +50,9 @@ class _Memory:
         first = self.fills[0]
         return plan.is_dense(first) and first.extent == (0, plan.storage_of(t).nbytes())
 
-    def settled(self) -> None:
+    def settled(self, keep: bool) -> None:
         """The fills have been written; nothing is left of those below them."""
-        for fill in self.fills:
+        for fill in self.fills if keep else ():
             begin, end = fill.extent
             if plan.is_dense(fill) or self.written[-1:] == [Written.of(fill)]:
                 kept = (w for w in self.written if w.extent[0] < begin or end < w.extent[1])
@@ -80,6 +80,7 @@ class Capture(Mode):
         self.watch: Callable[[Tensor], None] | None = None  # told what is filled without operators
         self.submitting = False  # to a pool, which may start threads for that
         self._known: dict[int, _Memory] = {}
+        self._adoptable: set[int] = set()  # keys of others that may wait, too
         self._pending: dict[int, _Memory] = {}  # those of _known with fills
         self._exposed: list[_Memory] = []  # that were known, for the report
         self._purge_at = 1024  # entries of _known
@@ -94,7 +95,7 @@ class Capture(Mode):
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(self, func, args, kwargs or {})
-        if self._known and operators.is_view(func):
+        if (self._known or self._adoptable) and operators.is_view(func):
             out = func(*args, **kwargs) if kwargs else func(*args)
             if type(out) not in PLAIN or out.numel() == 1:
                 self._expose_single(func, out)
@@ -119,6 +120,13 @@ class Capture(Mode):
             if len(self._known) > self._purge_at:
                 self._purge()
 
+    def adopt_all(self, tensors: Iterable[Tensor]) -> None:
+        """The same for tensors that live as long as the block."""
+        for t in tensors:
+            plain = type(t) in PLAIN and t.layout is torch.strided
+            if plain and plan.is_worth(t) and plan.is_here(t):
+                self._adoptable.add(plan.storage_id(t))
+
     def _purge(self) -> None:
         """Forget storages that died; what was to be written there is dropped."""
         for key, memory in list(self._known.items()):
@@ -132,7 +140,12 @@ class Capture(Mode):
         """Of a plain tensor that may wait."""
         if type(t) not in PLAIN or t.layout is not torch.strided:
             return None
-        return self._known.get(plan.storage_id(t))
+        key = plan.storage_id(t)
+        memory = self._known.get(key)
+        if memory is None and key in self._adoptable:
+            self._adoptable.remove(key)
+            memory = self._known[key] = _Memory(t)
+        return memory
 
     def _may_wait(self) -> bool:
         """No other thread of the block could read what is pending."""
@@ -178,10 +191,10 @@ class Capture(Mode):
         size, begin = t.element_size(), int(t.storage_offset())
         items = fill.items if plan.is_dense(fill) else plan.span(t)
         fill.extent = (size * begin, size * (begin + items))
-        fill.caller = caller()
-        if fill.generator is not None:
-            fill.state = execute.draw_ahead(fill, self._scratch)
-            self._states += fill.device < 0
+        if not self.report.quiet:
+            fill.caller = caller()
+        execute.ask_ahead(fill, self._scratch)
+        self._states += isinstance(fill.state, Tensor)
         fill.tensor = plan.NO_TENSOR[t.dtype]  # the storage may die
         self._push(memory, fill)
         return True
@@ -345,7 +358,7 @@ class Capture(Mode):
                     execute.run_ahead(piece)
                     done(sum(fill.items for fill, _ in piece))
         for _, memory in todo:
-            memory.settled()
+            memory.settled(keep=not self.report.quiet)
             self._pending.pop(memory.key, None)
 
     def close(self) -> None:
@@ -457,6 +470,9 @@ def _stages(todo: list[tuple[torch.UntypedStorage, _Memory]]) -> list[_Stage]:
     stages: list[_Stage] = []
     for storage, memory in todo:
         levels: list[int] = []
+        if len(memory.fills) == 1 and stages:
+            stages[0].append((memory.fills[0], storage))
+            continue
         for i, fill in enumerate(memory.fills):
             begin, end = fill.extent
             before = zip(memory.fills[:i], levels)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ class Piece(NamedTuple):
 
 
 def pieces(fill: Fill) -> list[Piece]:
-    size = fill.tensor.element_size()
+    size = fill.tensor.dtype.itemsize
     if fill.rank == 0:
         whole = Piece(0, fill.items, (), ())
         if fill.items * size - size < _LIMIT:
@@ -104,9 +104,10 @@ def blocks_drawn(fill: Fill, parts: Sequence[Piece]) -> int:
     """
     if fill.generator is None:
         return 0
-    size = fill.tensor.element_size()
-    drawn = sum(grid(p.items, size, fill.device).trips for p in parts)
-    return drawn if len(parts) == 1 else drawn + grid(fill.items, size, fill.device).trips
+    size = fill.tensor.dtype.itemsize
+    if len(parts) == 1:
+        return grid(parts[0].items, size, fill.device).trips
+    return sum(grid(n, size, fill.device).trips for n in (fill.items, *(p.items for p in parts)))
 
 
 # ---- launches ------------------------------------------------------------------------------------
@@ -135,32 +136,40 @@ class Launch:
         self._packed: tuple[bytes, int, int] | None = None  # descriptors, fills, tiles
         self._table: tuple[Tensor, int] | None = None  # them in device memory; of which stream
 
-    def add(self, fill: Fill, address: int, source: int, block: int | None = None) -> bool:
-        """False: it has to come after all that is in this launch.
+    def _index(self, source: int) -> int | None:
+        """Of a generator in this launch; None: there are too many."""
+        if source not in self.sources:
+            if len(self.sources) == backend.MOST_SOURCES:
+                return None
+            self.sources.append(source)
+            self._drawn.append(0)
+            self._after.append(-1)
+        return self.sources.index(source)
 
-        `source`: number of its generator, -1 if there is none. `block`: where its numbers begin, if
-        that is not where the fills before have left the generator.
+    def put(self, fill: Fill, address: int, source: int, block: int) -> bool:
+        """A fill that overlaps no other, whose numbers begin at a block. False: no room is left."""
+        at = self._index(source) if source >= 0 else -1
+        if at is None or len(self._entries) == _MOST_FILLS:
+            return False
+        self._entries.append(_Entry(fill, address, at, block, -1, -1))
+        return True
+
+    def add(self, fill: Fill, source: int) -> bool:
+        """A fill that goes on where those before have left its generator.
+
+        `source`: number of the generator, -1 if there is none. False: it has to come after all that
+        is in this launch.
         """
-        at = -1
-        if source >= 0:
-            if source not in self.sources:
-                if len(self.sources) == backend.MOST_SOURCES:
-                    return False
-                self.sources.append(source)
-                self._drawn.append(0)
-                self._after.append(-1)
-            at = self.sources.index(source)
-        begin, end = plan.extent(fill) if block is None else fill.extent
-        where = (address, address + end - begin)
-        droppable = fill.op != "trunc_normal"
-        dropped = self._room.take(fill, where, len(self._entries), droppable)
-        if dropped is None or len(self._entries) == _MOST_FILLS:
+        at = self._index(source) if source >= 0 else -1
+        if at is None or len(self._entries) == _MOST_FILLS:
+            return False
+        extent = plan.extent(fill)
+        dropped = self._room.take(fill, extent, len(self._entries), fill.op != "trunc_normal")
+        if dropped is None:
             return False
         for position in dropped:
             self._entries[position] = None
-        if block is not None:
-            self._entries.append(_Entry(fill, address, at, block, -1, -1))
-            return True
+        address = extent[0]
         slot = -1
         if fill.op == "trunc_normal":
             slot = len(self.slots)
@@ -226,28 +235,35 @@ class Launch:
         return plan.address_of(self._table[0])
 
 
-def _descriptors(entry: _Entry, tile: int, mask: int) -> Iterator[tuple[bytes, int]]:
+def _descriptors(entry: _Entry, tile: int, mask: int) -> Iterable[tuple[bytes, int]]:
     """Packed, and how many tiles it has."""
     fill, address, src, block, after, slot = entry
-    size = fill.tensor.element_size()
+    dtype = fill.tensor.dtype
+    size = dtype.itemsize
+    items = fill.items
     if fill.op == "trunc_erfinv":
         p = (fill.a, fill.b, fill.scale, fill.mean, fill.lo, fill.hi)
     else:
         p = (fill.a, fill.b, fill.lo, fill.hi, 0.0, 0.0)
-    code, dtype = _OP_CODE[fill.op], DTYPES[fill.tensor.dtype]
+    code, dtype_code = _OP_CODE[fill.op], DTYPES[dtype]
     if fill.generator is None and fill.rank == 0:
-        tiles = -(-(fill.items * size + 15) // _TILE_BYTES)
-        shape = _DENSE
-        if fill.op == "diagonal":
-            shape = _DIAGONAL.pack(*fill.shape[:5], 0, 0)
-        yield (
-            _PACK.pack(
-                address, fill.items, 0, 0, *p, 0, tile, tiles, 1, 0, -1, -1, 0, code, dtype, 0, 0
-            )
-            + shape,
-            tiles,
-        )
-        return
+        tiles = -(-(items * size + 15) // _TILE_BYTES)
+        shape = _DIAGONAL.pack(*fill.shape[:5], 0, 0) if fill.op == "diagonal" else _DENSE
+        numbers = (*p, 0, tile, tiles, 1, 0, -1, -1, 0, code, dtype_code, 0, 0)
+        return ((_PACK.pack(address, items, 0, 0, *numbers) + shape, tiles),)
+    if fill.rank == 0 and slot < 0 and items * size < _LIMIT:  # most are like this
+        g = grid(items, size, fill.device)
+        tiles = g.trips * g.ranges
+        numbers = (*p, 0, tile, tiles, g.ranges, g.threads, after, -1, 0, code, dtype_code, 0, src)
+        return ((_PACK.pack(address, items, block, mask, *numbers) + _DENSE, tiles),)
+    return list(_split_descriptors(entry, p, tile, mask))
+
+
+def _split_descriptors(
+    entry: _Entry, p: tuple[float, ...], tile: int, mask: int
+) -> Iterator[tuple[bytes, int]]:
+    fill, address, src, block, after, slot = entry
+    size = fill.tensor.dtype.itemsize
     parts = pieces(fill)
     round_blocks = blocks_drawn(fill, parts)
     either = block if fill.op == "trunc_normal" else mask
@@ -264,7 +280,7 @@ def _descriptors(entry: _Entry, tile: int, mask: int) -> Iterator[tuple[bytes, i
         yield _PACK.pack(
             address + part.start * size, part.items, block, either, *p, round_blocks,
             tile, tiles, g.ranges, g.threads, after, slot, of_slot,
-            code, dtype, len(part.sizes), max(src, 0),
+            _OP_CODE[fill.op], DTYPES[fill.tensor.dtype], len(part.sizes), max(src, 0),
         ) + shape, tiles  # fmt: skip
         tile += tiles
         block += g.trips
@@ -286,10 +302,9 @@ class Batch:
         self.rejects: list[int] = []  # positions of fills, in the order of the launches' slots
         for i, fill in enumerate(fills):
             src = -1 if fill.generator is None else index[source.key_of(fill.generator)]
-            address = plan.address_of(fill.tensor)
-            if not self._launches[-1].add(fill, address, src):
+            if not self._launches[-1].add(fill, src):
                 self._launches.append(Launch(self.device))
-                self._launches[-1].add(fill, address, src)
+                self._launches[-1].add(fill, src)
             if fill.op == "trunc_normal":
                 self.rejects.append(i)
             self._bumps.append(fill.bumps)
@@ -312,10 +327,14 @@ class Batch:
             bumps[i] += n > 1  # torch copies the result of later rounds
 
 
+def stream(fill: Fill) -> int:
+    """On which it is asked for now."""
+    return backend.cuda_stream(fill.device)
+
+
 def draw_ahead(fill: Fill) -> tuple[int, int]:
     """Move its generator on as if it had been filled; (seed, block) of its numbers."""
     assert fill.generator is not None
-    fill.stream = backend.cuda_stream(fill.device)
     if fill.op == "sparse":
         fill.mask = _draw_mask(fill)
     with source.lock_of(fill.generator):
@@ -338,7 +357,7 @@ def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
             if fill.state is not None:
                 seed, block = fill.state
                 src = seeds.setdefault(seed, len(seeds))
-            if launch.add(fill, address, src, block):
+            if launch.put(fill, address, src, block):
                 break
             of_stream.append((Launch(fill.device), {}))
     for (device, stream), of_stream in launches.items():

@@ -108,7 +108,7 @@ def uniform_(
     """Fill `tensor` in place with U[a, b) and return it; `torch.nn.init.uniform_`.
 
     Args:
-        tensor: any shape; float32, float64, bfloat16 and float16 on the CPU are filled natively
+        tensor: any shape; float32, float64, bfloat16 and float16 are filled natively
         a: lower bound
         b: upper bound
         generator: where the words come from (default: torch's default generator)
@@ -127,7 +127,7 @@ def normal_(
     """Fill `tensor` in place with N(mean, std^2) and return it; `torch.nn.init.normal_`.
 
     Args:
-        tensor: any shape; float32, float64, bfloat16 and float16 on the CPU are filled natively
+        tensor: any shape; float32, float64, bfloat16 and float16 are filled natively
         mean: of the distribution
         std: of the distribution, not negative
         generator: where the words come from (default: torch's default generator)
@@ -154,7 +154,7 @@ def trunc_normal_(
     lie inside; otherwise torch's own operators run.
 
     Args:
-        tensor: any shape; float32, float64, bfloat16 and float16 on the CPU are filled natively
+        tensor: any shape; float32, float64, bfloat16 and float16 are filled natively
         mean: of the normal distribution
         std: of the normal distribution, positive
         a: lower cutoff, in the units of the values (not of std)

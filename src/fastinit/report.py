@@ -89,6 +89,7 @@ class Report:
     reason: str = ""  # why nothing was captured, if so
     threads: set[str] = field(default_factory=set)  # whose running kept fills from waiting
     progress: bool = False  # show a bar while writing what waited until the end
+    quiet: bool = False  # nobody will see it: who asked for what is not kept
     _memories: list[_Memory] = field(default_factory=list, repr=False)
     _modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict, repr=False)
 
