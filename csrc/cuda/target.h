@@ -139,6 +139,7 @@ inline float value_f16(uint16_t x) {
 inline uint16_t code_f16(float x) {
   const uint16_t sign = static_cast<uint16_t>(bits_of(x) >> 16 & 0x8000);
   const float magnitude = std::fabs(x);
+  if (magnitude == 0) return sign;
   if (magnitude >= 65520) return sign | 0x7c00;
   int exponent;
   std::frexp(magnitude, &exponent);                         // magnitude = 0.1... * 2^exponent

@@ -22,7 +22,6 @@ from fastinit.plan import DTYPES, Fill
 
 _LANES = 256  # of a block of torch's grid and of ours
 _TILE_BYTES = 16384  # of a constant fill
-_LIMIT = (1 << 31) - 1  # of elements, and of bytes from the first to the last: torch splits others
 _MOST_FILLS = 1 << 16  # of a launch: what the kernel's search can tell apart in two steps
 _OP_CODE = {op: code for code, op in enumerate(plan.OPS)} | {"sparse": plan.OPS.index("normal")}
 _PACK = struct.Struct("<4Q6dQ4I2iI4B")  # Fill of csrc/cuda/launch.h, without its union
@@ -66,7 +65,7 @@ def pieces(fill: Fill) -> list[Piece]:
     size = fill.tensor.dtype.itemsize
     if fill.rank == 0:
         whole = Piece(0, fill.items, (), ())
-        if fill.items * size - size < _LIMIT:
+        if fill.items * size - size < plan.MOST_AT_ONCE:
             return [whole]
         return [
             Piece(p.start, p.items, (), ())
@@ -79,7 +78,7 @@ def pieces(fill: Fill) -> list[Piece]:
 def _split(piece: Piece, size: int) -> Iterator[Piece]:
     """TensorIteratorBase::with_32bit_indexing: halves of the dimension that reaches farthest."""
     reach = [(n - 1) * stride * size for n, stride in zip(piece.sizes, piece.strides)]
-    if piece.items <= _LIMIT and 1 + sum(reach) <= _LIMIT:
+    if piece.items <= plan.MOST_AT_ONCE and 1 + sum(reach) <= plan.MOST_AT_ONCE:
         yield piece
         return
     at = max(range(len(reach)), key=lambda i: (reach[i], i))
@@ -115,7 +114,7 @@ def blocks_drawn(fill: Fill, parts: Sequence[Piece]) -> int:
 
 class _Entry(NamedTuple):
     fill: Fill
-    address: int
+    address: int  # 0: overwritten
     source: int
     block: int
     after: int  # slot; -1: none
@@ -132,6 +131,7 @@ class Launch:
         self._entries: list[_Entry | None] = []
         self._drawn: list[int] = []  # blocks since the source's offset, or the end of `_after`
         self._after: list[int] = []
+        self._sparse = False
         self._room = plan.Room()
         self._packed: tuple[bytes, int, int] | None = None  # descriptors, fills, tiles
         self._table: tuple[Tensor, int] | None = None  # them in device memory; of which stream
@@ -151,6 +151,7 @@ class Launch:
         at = self._index(source) if source >= 0 else -1
         if at is None or len(self._entries) == _MOST_FILLS:
             return False
+        self._sparse |= fill.op == "sparse"
         self._entries.append(_Entry(fill, address, at, block, -1, -1))
         return True
 
@@ -163,12 +164,15 @@ class Launch:
         at = self._index(source) if source >= 0 else -1
         if at is None or len(self._entries) == _MOST_FILLS:
             return False
+        self._sparse |= fill.op == "sparse"
         extent = plan.extent(fill)
         dropped = self._room.take(fill, extent, len(self._entries), fill.op != "trunc_normal")
         if dropped is None:
             return False
         for position in dropped:
-            self._entries[position] = None
+            old = self._entries[position]
+            sparse = old is not None and old.fill.op == "sparse"  # its zeros have to be drawn
+            self._entries[position] = old._replace(address=0) if old and sparse else None
         address = extent[0]
         slot = -1
         if fill.op == "trunc_normal":
@@ -191,6 +195,8 @@ class Launch:
                 mask = 0
                 if entry.fill.op == "sparse":
                     drawn = _draw_mask(entry.fill) if entry.fill.mask is None else entry.fill.mask
+                    if entry.address == 0:
+                        continue
                     masks.append(backend.cuda_copy(drawn, self.device))
                     mask = plan.address_of(masks[-1])
                 for descriptor, count in _descriptors(entry, tiles, mask):
@@ -205,12 +211,12 @@ class Launch:
         """
         masks: list[Tensor] = []
         packed = self._packed or self._pack(masks)
-        if not masks:
+        if not self._sparse:  # which draws other zeros each time
             self._packed = packed
         data, count, tiles = packed
         table = 0
         if count > backend.MOST_INLINED:
-            table, data = self._uploaded(data, keep=not masks), b""
+            table, data = self._uploaded(data, keep=not self._sparse), b""
         start = [states[i] for i in self.sources]
         progress = None
         if self.slots:
@@ -251,7 +257,7 @@ def _descriptors(entry: _Entry, tile: int, mask: int) -> Iterable[tuple[bytes, i
         shape = _DIAGONAL.pack(*fill.shape[:5], 0, 0) if fill.op == "diagonal" else _DENSE
         numbers = (*p, 0, tile, tiles, 1, 0, -1, -1, 0, code, dtype_code, 0, 0)
         return ((_PACK.pack(address, items, 0, 0, *numbers) + shape, tiles),)
-    if fill.rank == 0 and slot < 0 and items * size < _LIMIT:  # most are like this
+    if fill.rank == 0 and slot < 0 and items * size < plan.MOST_AT_ONCE:  # most are like this
         g = grid(items, size, fill.device)
         tiles = g.trips * g.ranges
         numbers = (*p, 0, tile, tiles, g.ranges, g.threads, after, -1, 0, code, dtype_code, 0, src)
@@ -266,7 +272,7 @@ def _split_descriptors(
     size = fill.tensor.dtype.itemsize
     parts = pieces(fill)
     round_blocks = blocks_drawn(fill, parts)
-    either = block if fill.op == "trunc_normal" else mask
+    block_of_all = block
     grids = [grid(part.items, size, fill.device) for part in parts]
     of_slot = sum(g.trips * g.ranges for g in grids) if slot >= 0 else 0
     if len(parts) > 1 and fill.generator is not None:
@@ -276,7 +282,10 @@ def _split_descriptors(
         if fill.generator is None:
             tiles = -(-part.items * size // _TILE_BYTES)
         pad = (0,) * (4 - len(part.sizes))
-        shape = _STRIDED.pack(*part.sizes, *pad, *part.strides, *pad) if part.sizes else _DENSE
+        # What is left of a far dimension has size 1, and its stride would not fit.
+        strides = (0 if n == 1 else stride for n, stride in zip(part.sizes, part.strides))
+        shape = _STRIDED.pack(*part.sizes, *pad, *strides, *pad) if part.sizes else _DENSE
+        either = block_of_all if fill.op == "trunc_normal" else mask and mask + 2 * part.start
         yield _PACK.pack(
             address + part.start * size, part.items, block, either, *p, round_blocks,
             tile, tiles, g.ranges, g.threads, after, slot, of_slot,

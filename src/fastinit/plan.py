@@ -27,6 +27,8 @@ MIN_CUDA = 1 << 24  # the same on a GPU, where torch's call does not wait for it
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _LARGEST = {torch.float16: 3e4}  # |parameters| up to here cannot leave the dtype's range,
 _LARGEST_OTHER = 1e37  # nor can the difference of two
+# On a GPU: of elements, and of bytes from the first to the last. torch splits larger tensors.
+MOST_AT_ONCE = (1 << 31) - 1
 _SMALLEST_RANGE = 1e-30  # of uniform_: the 2^24th part of it is a normal float32
 # As enum Op of csrc/plan.h. `sparse` is normal with a mask, in one launch on a GPU.
 OPS = (
@@ -233,6 +235,9 @@ def trunc_normal(
     far = low < fill.a - _reach(fill) and high > fill.a + _reach(fill)
     if far and fill.b > _SMALLEST_RANGE:
         return fill  # no draw is rejected; that draws would be is what the other kind shows
+    far = (span(t) - 1) * t.element_size() + 1 > MOST_AT_ONCE
+    if fill.device >= 0 and fill.layout == "strided" and far:
+        return None  # later draws go to a dense tensor, which torch splits elsewhere
     if fill.op == "normal":
         fill.op = "trunc_normal"
         fill.lo, fill.hi = (t.new_tensor(x, device="cpu").item() for x in (low, high))

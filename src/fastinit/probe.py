@@ -120,8 +120,9 @@ def _tensor_on_gpu(dtype: torch.dtype, layout: str, op: str, device: int) -> Ten
     if op in ("diagonal", "sparse"):
         return torch.zeros(33, 18, dtype=dtype, device=gpu)
     if layout == "split":  # two parts, far from each other
-        far = (1 << 31) // dtype.itemsize
-        return torch.empty(far + 1013, dtype=dtype, device=gpu).as_strided((2, 1013), (far, 1))
+        far = (plan.MOST_AT_ONCE + 1) // dtype.itemsize
+        base = torch.empty(far + 1013, dtype=dtype, device=gpu)
+        return base if op == "trunc_normal" else base.as_strided((2, 1013), (far, 1))
     n = 1013
     if op != "constant":
         threads = cuda.grid(1 << 30, dtype.itemsize, device).threads
