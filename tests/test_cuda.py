@@ -83,18 +83,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     for op, dtype, layout in kinds():
         probe.verdict(op, dtype, layout, HERE.index if ON_GPU else -1)
     made: list[int] = []
-    on_gpu, on_cpu = backend.cuda_run, backend.run
+    name = "cuda_run" if ON_GPU else "run"
+    native = getattr(backend, name)
 
-    def launch(fills: bytes, table: int, count: int, *rest: Any) -> None:
-        made.append(count)
-        on_gpu(fills, table, count, *rest)
+    def counted(packed: bytes, *rest: Any) -> None:
+        made.append(rest[1] if ON_GPU else len(packed) // backend._cpu.FILL_SIZE)
+        native(packed, *rest)
 
-    def run(packed: bytes, *rest: Any) -> None:
-        made.append(len(packed) // backend._cpu.FILL_SIZE)
-        on_cpu(packed, *rest)
-
-    monkeypatch.setattr(backend, "cuda_run", launch)
-    monkeypatch.setattr(backend, "run", run)
+    monkeypatch.setattr(backend, name, counted)
     return made
 
 
@@ -486,31 +482,41 @@ def test_what_is_not_proved_is_left_to_torch(op: str, monkeypatch: pytest.Monkey
 # ---- the words and the normals themselves --------------------------------------------------------
 
 
+def sample(n: int) -> np.ndarray:
+    """Indices: the first and last of every part that one of torch's threads' outputs fills, and
+    many others."""
+    t = most_threads()
+    edges = np.add.outer(np.arange(0, n + t, t), np.arange(-3, 4)).ravel()
+    chosen = np.concatenate([edges, [n - 1], np.random.default_rng(1).integers(0, n, 60_000)])
+    return np.unique(chosen[(chosen >= 0) & (chosen < n)])
+
+
 @needs_gpu
 @each_dtype
 def test_words(dtype: torch.dtype) -> None:
     """torch.rand on this GPU is what the model of its generator says, exactly."""
     t = most_threads()
     for at in (START, *POSITIONS):
-        for n in (1, 257, t - 1, t + 1, 8 * t + 3) if at in (START, POSITIONS[-1]) else (t + 1,):
-            g, state = at.place(own()), State(at.seed % 2**64, at.offset)
-            drawn = torch.rand(n, dtype=dtype, device=HERE, generator=g)
-            expected = cuda_model.uniform(n, str(dtype)[6:], 0.0, 1.0, state, gpu())
-            model = torch.from_numpy(np.ascontiguousarray(expected)).to(dtype)
-            assert torch.equal(bits(drawn.cpu()), bits(model)), (at, n)
+        for n in (1, 257, t - 1, t + 1, 8 * t + 3):
+            g, state, index = at.place(own()), State(at.seed % 2**64, at.offset), sample(n)
+            drawn = torch.rand(n, dtype=dtype, device=HERE, generator=g).cpu()[index]
+            values = cuda_model.uniform(n, str(dtype)[6:], 0.0, 1.0, state, gpu(), at=index)
+            model = torch.from_numpy(values).to(dtype)
+            assert torch.equal(bits(drawn), bits(model)), (at, n)
             assert g.get_offset() == state.offset, (at, n)
 
 
 def largest_difference(drawn: torch.Tensor, at: At) -> float:
-    """Of standard normals from the model's, relative to their radius if they are float32."""
-    n, dtype = drawn.numel(), str(drawn.dtype)[6:]
-    state = State(at.seed % 2**64, at.offset)
-    model = cuda_model.normal(n, dtype, 0.0, 1.0, state, gpu(), rounded=False)
-    difference = np.abs(drawn.double().cpu().numpy() - model)
+    """Of standard normals from the model's; of float32 as a part of their distance from 0 before
+    the sine or cosine."""
+    n, dtype, index = drawn.numel(), str(drawn.dtype)[6:], sample(drawn.numel())
+    start = State(at.seed % 2**64, at.offset), State(at.seed % 2**64, at.offset)
+    model = cuda_model.normal(n, dtype, 0.0, 1.0, start[0], gpu(), rounded=False, at=index)
+    difference = np.abs(drawn.double().cpu().numpy()[index] - model)
     if drawn.dtype is F64:
         return float(difference.max())
-    blocks, output = cuda_model.words(n, dtype, State(at.seed % 2**64, at.offset), gpu())
-    word = blocks[np.arange(n), output & 2].astype(np.float32)
+    blocks, output = cuda_model.words(n, dtype, start[1], gpu(), at=index)
+    word = blocks[np.arange(len(index)), output & 2].astype(np.float32)
     unit = (word * np.float32(2**-32) + np.float32(2**-33)).astype(np.float64)
     radius = np.sqrt(-2 * np.log(unit))
     return float((difference / np.maximum(radius, 0.01)).max())
@@ -521,8 +527,8 @@ def largest_difference(drawn: torch.Tensor, at: At) -> float:
     ("dtype", "bound"), [(F32, 2.0**-19), (F64, 2.0**-47)], ids=["float32", "float64"]
 )
 def test_normals_are_near_the_model(dtype: torch.dtype, bound: float) -> None:
-    """float32: the hardware's sine and cosine, off by 2^-21 each for their table and for the
-    angle's reduction, and roundings; float64: some units in the last place of the largest."""
+    """float32: the hardware's sine and cosine, off by 2^-21 for their table and by as much for the
+    reduction of the angle, and roundings; float64: some units in the last place of the largest."""
     for at in (START, POSITIONS[-1]):
         n = 8 * most_threads() + 3
         drawn = fastinit.normal_(empty((n,), dtype), 0.0, 1.0, at.place(own()))
@@ -560,39 +566,28 @@ def test_known_answers() -> None:
 
 # ---- more than 2^31 bytes ------------------------------------------------------------------------
 
-SHRINK = 1 if ON_GPU else 1024  # a dry run takes a thousandth
-HUGE: dict[str, tuple[torch.dtype, Callable[[int], tuple[Any, ...]]]] = {
-    # dtype; elements of the storage, and sizes, strides and offset of the view
-    "float32": (F32, lambda k: (2**29 // k + 5, None)),
-    "float64": (F64, lambda k: (2**28 // k + 1, None)),
-    "bfloat16": (BF16, lambda k: (2**30 // k + 3, None)),
-    "float16": (F16, lambda k: (2**30 // k + 1, None)),
-    "float32 just not": (F32, lambda k: (2**29 // k, None)),
-    "unaligned": (BF16, lambda k: (2**30 // k + 9, ((2**30 // k + 2,), (1,), 7))),
-    "transposed": (
-        BF16,
-        lambda k: ((2**20 // k + 1) * 2**10, ((2**10, 2**20 // k + 1), (1, 2**10))),
-    ),
-    "every second": (F32, lambda k: (2**30 // k, ((2**29 // k,), (2,), 1))),
-    "columns": (
-        F32,
-        lambda k: ((2**16 // k + 3) * 2**13, ((2**16 // k + 3, 2**12 - 1), (2**13, 2))),
-    ),
-    "far": (F32, lambda k: (2**29 // k + 1013, ((2, 1013), (2**29 // k, 1)))),
-    "three far": (F64, lambda k: (2**29 // k + 777, ((259, 3, 3), (3, 2**28 // k, 1)))),
-    "four dimensions": (
-        F32,
-        lambda k: (
-            7 * (2**13 // k + 1) * 2**14,
-            ((2**6, 2**13 // k, 5, 60), (2**6, 2**14, (2**13 // k + 1) * 2**14, 1), 3),
-        ),
-    ),
+G = 2**30 // (1 if ON_GPU else 1024)  # a dry run takes a thousandth
+FAR = (G // 2**17 + 1) * 2**14
+# dtype; elements of the storage; sizes, strides and offset of the view
+HUGE: dict[str, tuple[torch.dtype, int, tuple[Any, ...] | None]] = {
+    "float32": (F32, G // 2 + 5, None),
+    "float64": (F64, G // 4 + 1, None),
+    "bfloat16": (BF16, G + 3, None),
+    "float16": (F16, G + 1, None),
+    "float32 just not": (F32, G // 2, None),
+    "unaligned": (BF16, G + 9, ((G + 2,), (1,), 7)),
+    "transposed": (BF16, G + 2**10, ((2**10, G // 2**10 + 1), (1, 2**10))),
+    "every second": (F32, G, ((G // 2,), (2,), 1)),
+    "columns": (F32, G // 2 + 3 * 2**13, ((G // 2**14 + 3, 2**12 - 1), (2**13, 2))),
+    "far": (F32, G // 2 + 1013, ((2, 1013), (G // 2, 1))),
+    "three far": (F64, G // 2 + 777, ((259, 3, 3), (3, G // 4, 1))),
+    "four dimensions": (F32, 7 * FAR, ((2**6, G // 2**17, 5, 60), (2**6, 2**14, FAR, 1), 3)),
 }
+WITH_GAPS = ("every second", "columns", "far", "three far", "four dimensions")
 
 
 def huge(case: str) -> torch.Tensor:
-    dtype, geometry = HUGE[case]
-    items, view = geometry(SHRINK)
+    dtype, items, view = HUGE[case]
     base = torch.full((items,), 13.0, dtype=dtype, device=HERE)
     return base if view is None else base.as_strided(*view)
 
@@ -618,7 +613,7 @@ LAWS = {
     "uniform": ("uniform_", (-0.3, 0.7)),
     "normal": ("normal_", (0.1, 0.5)),
     "trunc far": ("trunc_normal_", (0.0, 0.02, -2.0, 2.0)),
-    "trunc": ("trunc_normal_", (0.1, 0.5, -0.9, 1.1)),  # split ones are native before 2.12 only
+    "trunc": ("trunc_normal_", (0.1, 0.5, -0.9, 1.1)),  # with gaps it is torch's from 2.12 on
     "constant": ("constant_", (0.1,)),
 }
 
@@ -627,7 +622,7 @@ LAWS = {
 @pytest.mark.parametrize("law", LAWS)
 def test_huge(law: str, case: str) -> None:
     name, args = LAWS[law]
-    skip_without(24 if law == "trunc" and REJECTS else 12)
+    skip_without(24 if law == "trunc" and REJECTS else 16)
     at = At(3, 4 * (2**32 - 3))
     seen, tensors = [], []
     for module, value in zip((torch_init, fastinit), POISONS):
@@ -640,7 +635,8 @@ def test_huge(law: str, case: str) -> None:
         tensors.append(t)
     assert_equal_seen(seen[0], seen[1], f"{law}, {case}")
     assert same_storage(*tensors), f"{law}, {case}"
-    assert done > 0 or not ON_GPU or (law == "trunc" and REJECTS)
+    native = law != "trunc" or not REJECTS or case not in WITH_GAPS
+    assert done > 0 or not (native and ON_GPU), "left to torch"
 
 
 def test_huge_among_small(launches: list[int]) -> None:
@@ -1154,23 +1150,6 @@ def test_read_on_another_stream_in_a_block() -> None:
 
 
 @needs_gpu
-def test_event_recorded_in_a_block() -> None:
-    """Who waits for an event sees what was asked for before it."""
-    n, s, reader = 50_000, torch.cuda.Stream(), torch.cuda.Stream()
-    (normal,) = drawn_by("normal_")
-    torch.cuda.synchronize()
-    with fastinit.fused(), torch.cuda.stream(s):
-        dirty()
-        t = torch.empty(n, device=HERE).normal_()
-        reader.wait_stream(s)
-        torch.cuda._sleep(NAP)
-    with torch.cuda.stream(reader):
-        found = t + 0
-    torch.cuda.synchronize()
-    assert torch.equal(bits(found), bits(normal))
-
-
-@needs_gpu
 def test_many_streams_in_a_block() -> None:
     streams = [*(torch.cuda.Stream() for _ in range(4)), torch.cuda.default_stream()]
     order = [i * 3 % 5 for i in range(40)]
@@ -1436,7 +1415,7 @@ def test_reads_in_a_block(launches: list[int]) -> None:
             with torch.no_grad():
                 c.weight[3:5].mul_(2.0)
                 a.bias.copy_(b.bias[0])
-            value = float(a.weight[7, 7])
+            value = float(a.weight.detach()[7, 7])
         seen.append({f"{i} {k}": v for i, m in enumerate((a, b, c)) for k, v in seen_of(m).items()})
         seen[-1] |= {"total": total, "value": value}
         if fused:
@@ -1544,8 +1523,8 @@ def test_init_model_is_one_pass(kind: str, dtype: torch.dtype, launches: list[in
         _ = init_model_(model) if fast else model.apply(reset)
         seen.append(seen_of(model))
     assert_equal_seen(seen[0], seen[1], kind)
-    # The row of padding is written after all others.
-    assert not ON_GPU or len(launches) == (2 if kind in ("Embedding", "Tied") else 1)
+    # The row of padding is written after all others; what is tied is overwritten with it.
+    assert not ON_GPU or len(launches) == (2 if kind == "Embedding" else 1)
 
 
 @pytest.mark.parametrize("fn", [None, gpt2, resnet, vit], ids=lambda f: getattr(f, "__name__", ""))

@@ -12,7 +12,7 @@ struct Status {
   const char* message;  // what CUDA says about it
 };
 
-// Starts the kernel on a stream of a device and does not wait for it.
+// Starts the kernel on a stream of a device, which has to be current, and does not wait for it.
 Status launch(const Arguments& args, int device, uint64_t stream);
 
 // Whether there is a driver with a GPU.

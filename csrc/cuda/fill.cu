@@ -115,10 +115,9 @@ int resident_blocks(int device, cudaError_t* error) {
 
 Status launch(const Arguments& args, int device, uint64_t stream) {
   static int resident[64] = {};  // racing threads write the same
-  int current = -1;
-  cudaError_t error = cudaGetDevice(&current);
-  if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
-  int blocks = device >= 0 && device < 64 ? resident[device] : 0;
+  // The caller has made the device current for torch's runtime; this one has its own idea of it.
+  cudaError_t error = cudaSetDevice(device);
+  int blocks = device < 64 ? resident[device] : 0;
   if (error == cudaSuccess && blocks == 0) {
     blocks = resident_blocks(device, &error);
     if (device < 64) resident[device] = blocks;
@@ -128,7 +127,6 @@ Status launch(const Arguments& args, int device, uint64_t stream) {
     fill_kernel<<<blocks, kLanes, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args);
     error = cudaGetLastError();
   }
-  if (current >= 0 && current != device) cudaSetDevice(current);
   return {static_cast<int>(error), cudaGetErrorString(error)};
 }
 

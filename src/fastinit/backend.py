@@ -101,6 +101,13 @@ def on_stream(device: int, stream: int) -> Iterator[None]:
     current.wait_stream(other)
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No mode sees what is done in between."""
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        yield
+
+
 def cuda_upload(data: bytes, device: int) -> Tensor:
     """Bytes in device memory, by one asynchronous copy."""
     return cuda_copy(torch.frombuffer(bytearray(data), dtype=torch.uint8), device)
@@ -125,6 +132,10 @@ def cuda_run(
 ) -> None:
     """Launch `count` packed fills, given as bytes or an address, on the current stream."""
     global native_fills
-    stream = cuda_stream(device)
-    _cuda.run(fills, table, count, tiles, sources, progress, device, stream)
+    arguments = (fills, table, count, tiles, sources, progress, device, cuda_stream(device))
+    if torch._C._cuda_getDevice() == device:
+        _cuda.run(*arguments)
+    else:
+        with torch.cuda.device(device):
+            _cuda.run(*arguments)
     native_fills += count

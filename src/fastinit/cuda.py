@@ -209,6 +209,10 @@ class Launch:
 
         `states`: (seed, block) of each generator. Waits for the kernel if it has slots.
         """
+        with backend.undisturbed():
+            return self._go(states)
+
+    def _go(self, states: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
         masks: list[Tensor] = []
         packed = self._packed or self._pack(masks)
         if not self._sparse:  # which draws other zeros each time
@@ -380,7 +384,8 @@ def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
 
 def _draw_mask(fill: Fill) -> Tensor:
     """Ones, and zeros where torch would put them: drawn from the CPU's default generator."""
-    mask = torch.ones(fill.tensor.shape, dtype=torch.bfloat16, device="cpu")
+    with backend.undisturbed():
+        mask = torch.ones(fill.tensor.shape, dtype=torch.bfloat16, device="cpu")
     zeros = plan.sparse_mask(mask, fill.zeros)
     assert zeros is not None  # plan.sparse checks the same
     cpu.run([zeros], [])
