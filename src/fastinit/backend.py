@@ -90,12 +90,13 @@ def cuda_stream(device: int) -> int:
 
 @contextmanager
 def on_stream(device: int, stream: int) -> Iterator[None]:
-    """Launch on a stream; what the current one does afterwards waits for it."""
+    """Launch on a stream behind what the current one was asked for; that waits for it in turn."""
     if cuda_stream(device) == stream:
         yield
         return
     current = torch.cuda.current_stream(device)
     other = torch.cuda.ExternalStream(stream, device=device)  # type: ignore[no-untyped-call]
+    other.wait_stream(current)
     with torch.cuda.stream(other):
         yield
     current.wait_stream(other)

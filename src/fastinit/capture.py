@@ -166,7 +166,7 @@ class Capture(Mode):
         if len(args) > 1 and isinstance(args[1], Tensor) and self._pending:
             self._settle_arguments(func, args[1:], None)  # the value of fill_
         memory = self._memory_of(t)
-        if memory is None and (type(t) not in PLAIN or not plan.is_here(t)):
+        if type(t) not in PLAIN or not plan.is_here(t):
             return self._run(func, args, kwargs)
         if (memory is None or not memory.fills) and not plan.is_worth(t):
             return func(*args, **kwargs)
@@ -403,6 +403,10 @@ class Capture(Mode):
         self.settle("a thread")
         if other is not None:
             self._others.append(weakref.ref(other))
+
+    def knows(self, t: Tensor) -> bool:
+        """Whether its fills may wait."""
+        return self._memory_of(t) is not None
 
     def add(self, fills: list[plan.Fill]) -> None:
         """Fills from fastinit's own functions, which come without an operator."""

@@ -310,6 +310,9 @@ class Batch:
         generators = {source.key_of(f.generator): f.generator for f in fills if f.generator}
         self._generators = list(generators.values())
         index = {key: i for i, key in enumerate(generators)}
+        # sparse_ draws from it; generators are locked together so that no two threads can wait for
+        # each other.
+        self._lent = [torch.default_generator] if any(f.op == "sparse" for f in fills) else []
         self._launches = [Launch(self.device)]
         self._bumps: list[int] = []
         self.rejects: list[int] = []  # positions of fills, in the order of the launches' slots
@@ -326,7 +329,7 @@ class Batch:
         """Draw on from where the generators are. `bumps`: of the versions of the fills' tensors."""
         backend.refuse_capture()
         rounds: list[int] = []
-        with source.turn(*self._generators):
+        with source.turn(*self._generators, *self._lent):
             states = [source.philox(g) for g in self._generators]
             for launch in self._launches:
                 ends, of_slots = launch.go(states)

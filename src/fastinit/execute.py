@@ -27,8 +27,7 @@ def run(fills: Sequence[Fill]) -> None:
 
 def count_versions(fills: Sequence[Fill], bumps: Sequence[int]) -> None:
     """Count up the version of each tensor as torch's operators would have."""
-    counters = [f.tensor if f.counter is None else f.counter for f in fills]
-    written = [t for t, times in zip(counters, bumps) for _ in range(times)]
+    written = [f.tensor for f, times in zip(fills, bumps) for _ in range(times)]
     torch.autograd.graph.increment_version(written)
 
 
@@ -56,6 +55,8 @@ class Prepared:
         self._fills = fills
         self._tensors = list({id(t): t for t in (*(f.tensor for f in fills), *kept)}.values())
         self._batch = cuda.Batch(fills)
+        # While their memory is held, no other tensor gets these addresses.
+        self._held = [plan.storage_of(t) for t in self._tensors]
         self._places = self._look()
         bumps = [f.bumps for f in fills]
         self._written = [f.tensor for f, times in zip(fills, bumps) for _ in range(times)]
@@ -83,8 +84,6 @@ def prepare(fills: Sequence[Fill], kept: Sequence[Tensor]) -> Prepared | None:
     `kept`: other tensors that must not have moved either.
     """
     if len({f.device for f in fills}) != 1 or fills[0].device < 0:
-        return None
-    if any(f.counter is not None for f in fills):
         return None
     return Prepared(fills, kept)
 

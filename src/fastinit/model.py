@@ -50,6 +50,9 @@ class Plan:
         self._places: list[tuple[Tensor, tuple[object, ...]]] = []  # of what must not move
         self._prepared: execute.Prepared | None = None
 
+    def knows(self, t: Tensor) -> bool:
+        return True
+
     def add(self, fills: list[plan.Fill]) -> None:
         for fill in fills:
             fill.extent = plan.extent(fill)
@@ -233,6 +236,9 @@ class _Walk(Mode):
         self._plan = into
         self._written = {plan.storage_id(t) for t in tensors if _is_simple(t)}
         self._constants: set[int] = set()
+
+    def knows(self, t: Tensor) -> bool:
+        return True
 
     def add(self, fills: list[plan.Fill]) -> None:
         self._written.update(plan.storage_id(f.tensor) for f in fills)

@@ -69,7 +69,6 @@ class Fill:
     flavour: int = 0
     rests_on: str = ""  # an operator that has to be proved as well
     bumps: int = 1  # of the tensor's version counter
-    counter: Tensor | None = None  # whose version counter, if not the tensor's own
     extent: tuple[int, int] = (0, 0)  # of its bytes when it was recorded: in memory or in a storage
     state: Any = None  # of the generator, if its words were drawn ahead: see draw_ahead
     device: int = -1  # index of a GPU; -1: the CPU
@@ -90,6 +89,7 @@ class Recorder(Protocol):
     modes: int  # how many dispatch modes it has put on torch's stack
     takes_small: bool  # also fills of fewer than MIN_NATIVE elements
 
+    def knows(self, t: Tensor) -> bool: ...  # whether it takes fills of a GPU's tensor, if small
     def add(self, fills: list[Fill]) -> None: ...
     # `overwrites`: all of the tensor
     def call(self, function: partial[Any], tensor: Tensor, overwrites: bool) -> None: ...
