@@ -1277,6 +1277,7 @@ class Streams:
         monkeypatch.setattr(backend, "cuda_stream", lambda device: self.current)
         monkeypatch.setattr(backend, "cuda_run", self.run)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=0: self.all[self.current])
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device=0: self.all[0])
         monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device=0: self.all[handle])
         monkeypatch.setattr(torch.cuda, "stream", self.use)
 
@@ -1396,6 +1397,10 @@ def test_groups() -> None:
     found = [[places[id(f)] for f in group] for group in execute._groups(fills)]
     assert found == [[0, 1], [2, 3], [4], [5], [6], [7]]
     assert execute._groups([]) == []
+    fills = some_fills([0, 1, 0, -1])  # GPUs 0 and 1 from one generator
+    for fill in fills[:3]:
+        fill.generator = torch.default_generator
+    assert execute._groups(fills) == [[fills[0]], [fills[1]], [fills[2]], [fills[3]]]
 
 
 def test_groups_of_any_mixture() -> None:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.init as torch_init
@@ -157,3 +159,24 @@ def test_training_goes_the_same_way() -> None:
             optimiser.step()
             losses.append(loss.item())
     assert losses[:5] == losses[5:]
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_memory_that_takes_the_place_of_a_replaced_parameters(outer: bool) -> None:
+    """numpy's does not wait, though it may get what identified the parameter's storage."""
+    seen: list[float] = []
+
+    def fn(m: nn.Module) -> None:
+        if isinstance(m, nn.Linear):
+            m.weight = nn.Parameter(torch.empty(200, 200))
+            array = np.zeros(40_000, np.float32)
+            torch.from_numpy(array).fill_(1.0)
+            seen.append(float(array[0]))
+
+    with fastinit.fused() if outer else nullcontext():
+        init_model_(nn.Sequential(*[nn.Linear(200, 200, bias=False) for _ in range(50)]), fn)
+        for _ in range(50 * outer):  # of a model that is gone
+            array = np.zeros(40_000, np.float32)
+            torch.from_numpy(array).fill_(1.0)
+            seen.append(float(array[0]))
+    assert set(seen) == {1.0}

@@ -117,16 +117,18 @@ Status launch(const Arguments& args, int device, uint64_t stream) {
   static int resident[64] = {};  // racing threads write the same
   // The caller has made the device current for torch's runtime; this one has its own idea of it.
   cudaError_t error = cudaSetDevice(device);
-  int blocks = device < 64 ? resident[device] : 0;
+  const bool noted = device >= 0 && device < 64;
+  int blocks = noted ? resident[device] : 0;
   if (error == cudaSuccess && blocks == 0) {
     blocks = resident_blocks(device, &error);
-    if (device < 64) resident[device] = blocks;
+    if (noted) resident[device] = blocks;
   }
   if (error == cudaSuccess && args.tiles != 0) {
     if (static_cast<uint32_t>(blocks) > args.tiles) blocks = static_cast<int>(args.tiles);
     fill_kernel<<<blocks, kLanes, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args);
     error = cudaGetLastError();
   }
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would find it
   return {static_cast<int>(error), cudaGetErrorString(error)};
 }
 

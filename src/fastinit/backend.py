@@ -95,7 +95,10 @@ def on_stream(device: int, stream: int) -> Iterator[None]:
         yield
         return
     current = torch.cuda.current_stream(device)
-    other = torch.cuda.ExternalStream(stream, device=device)  # type: ignore[no-untyped-call]
+    # An ExternalStream of 0 would be some stream, not the default one.
+    other = torch.cuda.default_stream(device)
+    if stream != 0:
+        other = torch.cuda.ExternalStream(stream, device=device)  # type: ignore[no-untyped-call]
     other.wait_stream(current)
     with torch.cuda.stream(other):
         yield

@@ -73,8 +73,11 @@ class fused(ContextDecorator):
         trace: TracebackType | None,
     ) -> None:
         entered = self._entered.pop()
+        outer = plan.this_thread.recorder
         if isinstance(entered, _Block):
             entered.end()
+        elif self._adopted and isinstance(outer, Capture):
+            outer.adopt_no_more()
 
 
 class _Block:

@@ -80,7 +80,8 @@ class Capture(Mode):
         self.watch: Callable[[Tensor], None] | None = None  # told what is filled without operators
         self.submitting = False  # to a pool, which may start threads for that
         self._known: dict[int, _Memory] = {}
-        self._adoptable: set[int] = set()  # keys of others that may wait, too
+        # Others that may wait, too. Held until they are filled, so that none gets another's key.
+        self._adoptable: dict[int, torch.UntypedStorage] = {}
         self._pending: dict[int, _Memory] = {}  # those of _known with fills
         self._exposed: list[_Memory] = []  # that were known, for the report
         self._purge_at = 1024  # entries of _known
@@ -121,11 +122,14 @@ class Capture(Mode):
                 self._purge()
 
     def adopt_all(self, tensors: Iterable[Tensor]) -> None:
-        """The same for tensors that live as long as the block."""
+        """The same for many tensors, most of which will be filled."""
         for t in tensors:
             plain = type(t) in PLAIN and t.layout is torch.strided
             if plain and plan.is_worth(t) and plan.is_here(t):
-                self._adoptable.add(plan.storage_id(t))
+                self._adoptable[plan.storage_id(t)] = plan.storage_of(t)
+
+    def adopt_no_more(self) -> None:
+        self._adoptable.clear()
 
     def _purge(self) -> None:
         """Forget storages that died; what was to be written there is dropped."""
@@ -142,8 +146,7 @@ class Capture(Mode):
             return None
         key = plan.storage_id(t)
         memory = self._known.get(key)
-        if memory is None and key in self._adoptable:
-            self._adoptable.remove(key)
+        if memory is None and self._adoptable.pop(key, None) is not None:
             memory = self._known[key] = _Memory(t)
         return memory
 
@@ -185,6 +188,8 @@ class Capture(Mode):
 
     def _record(self, memory: _Memory, fill: plan.Fill) -> bool:
         """False: it cannot wait."""
+        if fill.device >= 0 and not plan.is_here(fill.tensor):  # a graph is captured
+            return False
         if fill.op in ("normal_pairs", "trunc_normal") or not self._may_wait():
             return False
         t = fill.tensor
@@ -264,6 +269,7 @@ class Capture(Mode):
             and layout in (torch.preserve_format, torch.contiguous_format)
             and _is_all(t)
             and memory.says_all(t)
+            and plan.is_here(t)
             and self._may_wait()
         ):
             out = torch.empty_like(t, memory_format=layout)
@@ -459,6 +465,7 @@ def _is_certain(to: Tensor, by: Any) -> bool:
         type(by) in PLAIN
         and by.shape == to.shape
         and by.device == to.device
+        and plan.is_here(by)
         and by.layout is torch.strided
         and not any(x.is_complex() or x.is_quantized or x.is_neg() for x in (to, by))
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastinit import cpu, cuda, plan
+from fastinit import backend, cpu, cuda, plan, source
 from fastinit.plan import Fill
 
 
@@ -25,6 +25,11 @@ def run(fills: Sequence[Fill]) -> None:
             count_versions(group, bumps)
 
 
+def refuse_capture() -> None:
+    """Raise if a CUDA graph is being captured."""
+    backend.refuse_capture()
+
+
 def count_versions(fills: Sequence[Fill], bumps: Sequence[int]) -> None:
     """Count up the version of each tensor as torch's operators would have."""
     written = [f.tensor for f, times in zip(fills, bumps) for _ in range(times)]
@@ -33,9 +38,12 @@ def count_versions(fills: Sequence[Fill], bumps: Sequence[int]) -> None:
 
 def _groups(fills: Sequence[Fill]) -> list[list[Fill]]:
     """By device, as what is on one does not depend on the others; but sparse_ on a GPU draws from
-    the CPU's default generator, and has to keep its place."""
+    the CPU's default generator, and has to keep its place, as have fills on two GPUs from one."""
     groups: list[list[Fill]] = []
     in_order = any(f.op == "sparse" for f in fills)
+    if len({f.device for f in fills}) > 1:
+        pairs = {(source.key_of(f.generator), f.device) for f in fills if f.generator is not None}
+        in_order |= len(pairs) > len({key for key, _ in pairs})
     last: dict[int, list[Fill]] = {}
     for fill in fills:
         if in_order and groups and groups[-1][0].device != fill.device:

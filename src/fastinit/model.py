@@ -49,6 +49,7 @@ class Plan:
         self._steps: list[list[plan.Fill] | Callable[[], object]] = []  # one for each call
         self._places: list[tuple[Tensor, tuple[object, ...]]] = []  # of what must not move
         self._prepared: execute.Prepared | None = None
+        self._on_gpu = False
 
     def knows(self, t: Tensor) -> bool:
         return True
@@ -56,6 +57,7 @@ class Plan:
     def add(self, fills: list[plan.Fill]) -> None:
         for fill in fills:
             fill.extent = plan.extent(fill)
+            self._on_gpu |= fill.device >= 0
         self._steps.append(fills)
         self._prepared = None
 
@@ -84,6 +86,8 @@ class Plan:
                 before.settle("Plan.run")
             elif not plan.modes_allow():
                 raise RuntimeError("a Plan cannot run under a mode, transform or tracer of torch")
+            if self._on_gpu:
+                execute.refuse_capture()
             if self._prepared is not None:
                 if not self._prepared.run():
                     raise RuntimeError(_MOVED)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastinit import cuda, execute, plan
+from fastinit import backend, cuda, execute, plan
 
 # Of csrc/plan.h: 1, multiply and add contracted; 2, the cephes polynomials of ATen's AVX2 kernel.
 FLAVOURS = (3, 1, 0)
@@ -57,7 +57,12 @@ def verdict(op: str, dtype: torch.dtype, layout: str, device: int = -1) -> int |
     """The flavour in which a kind of fill has torch's bits, or None."""
     key = (op, dtype, layout) if device < 0 else (op, dtype, layout, device)
     if key not in _verdicts:
-        _verdicts[key] = _probe(*key)
+        if device >= 0 and not backend.can_use_cuda():
+            return None
+        try:
+            _verdicts[key] = _probe(*key)
+        except torch.OutOfMemoryError:  # there may be more the next time
+            return None
     return _verdicts[key]
 
 
@@ -83,6 +88,8 @@ def _probe(op: str, dtype: torch.dtype, layout: str, device: int = -1) -> int | 
             for flavour in _candidates(op, dtype, layout, device):
                 if all(_agree(op, dtype, layout, flavour, case, device) for case in _cases(op)):
                     return flavour
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, NotImplementedError):  # a torch without the operator, other generators
         pass
     finally:

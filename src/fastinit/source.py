@@ -79,7 +79,9 @@ def is_supported(generator: object, device: int) -> bool:
     if type(generator) is not torch.Generator:
         return False
     of = generator.device
-    return of.type == "cpu" if device < 0 else of.type == "cuda" and of.index == device
+    if device < 0:
+        return of.type == "cpu"
+    return of.type == "cuda" and of.index in (None, device)  # None: torch.Generator("cuda")
 
 
 def philox(generator: torch.Generator) -> tuple[int, int]:
