@@ -90,6 +90,25 @@ def test_normals_are_computed_as_torch_does(architecture: str) -> None:
         assert re.search(needed, code), needed
 
 
+@built
+def test_the_logarithm_is_that_of_the_installed_cuda(tmp_path: Path) -> None:
+    """laws.h repeats logf of libdevice: both have the same constants in the same order."""
+    assert NVCC is not None
+    (tmp_path / "log.cu").write_text("__global__ void k(float* x) { *x = logf(*x); }")
+    command = [NVCC, "-arch=sm_90", "-ptx", "-o", "log.ptx", "log.cu"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    theirs = re.findall(r"0f([0-9A-F]{8})", (tmp_path / "log.ptx").read_text())
+    law = (KERNEL.parent / "laws.h").read_text()
+    body = law[law.index("FI_FN float log_of") : law.index("// Two standard normals")]
+    ours = re.findall(r"float_of\(0x([0-9A-F]{8})\)", body)
+    assert len(ours) == 9
+    polynomial = ours[:-1]
+    found = [c for c in theirs if c in polynomial]
+    assert sorted(found) == sorted(polynomial)
+    assert [c for c in found if c not in polynomial[:2]] == polynomial[2:]
+    assert ours[-1] in theirs  # ln 2
+
+
 @disassembled
 def test_the_module_has_code_for_the_named_architectures() -> None:
     tool = shutil.which("cuobjdump")

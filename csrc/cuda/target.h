@@ -9,12 +9,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define FI_FN __device__ __forceinline__
-#define FI_PATH __device__ __forceinline__
 #else
 #include <cmath>
 #include <cstring>
 #define FI_FN inline
-#define FI_PATH inline
 #endif
 
 namespace fastinit {
@@ -80,9 +78,6 @@ FI_FN void store(uint64_t to, uint16_t x) {
 }
 FI_FN float float_of(uint32_t x) { return __uint_as_float(x); }
 
-// What all lanes of a warp hold alike: tells the compiler, which then computes it only once.
-FI_FN uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
-
 #else
 
 inline float mul(float a, float b) { return a * b; }
@@ -107,7 +102,6 @@ inline double erfinv_of(double x) {  // Newton's method on erfc, from Winitzki's
   return std::copysign(y, x);
 }
 inline float erfinv_of(float x) { return static_cast<float>(erfinv_of(static_cast<double>(x))); }
-inline uint32_t uniform(uint32_t x) { return x; }
 inline uint64_t mul_wide(uint32_t a, uint32_t b) { return uint64_t{a} * b; }
 inline float to_float(uint32_t x) { return static_cast<float>(x); }
 inline float to_float(int32_t x) { return static_cast<float>(x); }
@@ -157,11 +151,6 @@ void store(uint64_t to, const T& x) {
 }
 
 #endif
-
-FI_FN uint64_t uniform(uint64_t x) {
-  return uint64_t{uniform(static_cast<uint32_t>(x >> 32))} << 32 |
-         uniform(static_cast<uint32_t>(x));
-}
 
 }  // namespace cuda
 }  // namespace fastinit

@@ -114,11 +114,10 @@ FI_FN void write_elements(const Fill& f, const Law& law, uint64_t seed, const Pl
 }
 
 template <Dtype dtype, class Law>
-FI_PATH void write_random(const Fill& f, uint64_t seed, uint64_t origin, uint32_t tile,
-                          uint32_t lane) {
+FI_FN void write_random(const Fill& f, uint64_t seed, uint64_t origin, uint32_t tile,
+                        uint32_t lane) {
   using T = typename Element<dtype>::T;
   const Law law(f.p);
-  seed = uniform(seed);
   const Place<T> at(f, origin, tile);
   if constexpr (sizeof(T) < 8 && !std::is_same_v<Law, TruncErfinv<dtype>>) {
     const bool dense = f.rank == 0 && f.address % 16 == 0;
@@ -133,14 +132,13 @@ FI_PATH void write_random(const Fill& f, uint64_t seed, uint64_t origin, uint32_
 // trunc_normal_ of torch 2.12 and later draws the whole tensor until all of it is inside: an
 // element takes the first of its draws that is. Returns how many draws more than one were needed.
 template <Dtype dtype>
-FI_PATH uint32_t write_truncated(const Fill& f, uint64_t seed, uint64_t origin, uint32_t tile,
-                                 uint32_t lane) {
+FI_FN uint32_t write_truncated(const Fill& f, uint64_t seed, uint64_t origin, uint32_t tile,
+                               uint32_t lane) {
   using E = Element<dtype>;
   using T = typename E::T;
   const Normal<dtype> law(f.p);
   const typename E::A lo = static_cast<typename E::A>(f.p[2]);
   const typename E::A hi = static_cast<typename E::A>(f.p[3]);
-  seed = uniform(seed);
   const Place<T> at(f, origin, tile);
   uint32_t most = 0;
   for (uint32_t v = 0; v < Place<T>::kVector; ++v) {
@@ -183,7 +181,7 @@ FI_FN bool is_one(const Fill& f, uint64_t i) {
 
 // constant, eye_ and dirac_. Tiles lie on a grid of 16 bytes whatever the tensor's own alignment.
 template <Dtype dtype>
-FI_PATH void write_constant(const Fill& f, uint32_t tile, uint32_t lane) {
+FI_FN void write_constant(const Fill& f, uint32_t tile, uint32_t lane) {
   using E = Element<dtype>;
   using T = typename E::T;
   constexpr uint32_t kVector = 16 / sizeof(T);
