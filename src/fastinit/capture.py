@@ -113,9 +113,9 @@ class Capture(Mode):
 
     def adopt(self, t: Tensor) -> None:
         """Let the fills of a tensor's storage wait."""
-        if type(t) not in PLAIN or not plan.is_here(t) or t.layout is not torch.strided:
+        if not plan.is_worth(t) or type(t) not in PLAIN or t.layout is not torch.strided:
             return
-        if t.numel() > 0 and plan.is_worth(t):
+        if t.numel() > 0 and plan.is_here(t):
             memory = _Memory(t)
             self._known.setdefault(memory.key, memory)
             if len(self._known) > self._purge_at:
@@ -169,10 +169,12 @@ class Capture(Mode):
         if len(args) > 1 and isinstance(args[1], Tensor) and self._pending:
             self._settle_arguments(func, args[1:], None)  # the value of fill_
         memory = self._memory_of(t)
-        if type(t) not in PLAIN or not plan.is_here(t):
+        if type(t) not in PLAIN:
             return self._run(func, args, kwargs)
         if (memory is None or not memory.fills) and not plan.is_worth(t):
             return func(*args, **kwargs)
+        if not plan.is_here(t):
+            return self._run(func, args, kwargs)
         fill = None if t.is_neg() else probe.proved(build(t, args, kwargs, memory is not None))
         if fill is not None:
             if memory is not None and self._record(memory, fill):

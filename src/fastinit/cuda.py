@@ -353,9 +353,10 @@ def draw_ahead(fill: Fill) -> tuple[int, int]:
     assert fill.generator is not None
     if fill.op == "sparse":
         fill.mask = _draw_mask(fill)
+    drawn = blocks_drawn(fill, pieces(fill))
     with source.lock_of(fill.generator):
         seed, block = source.philox(fill.generator)
-        source.set_philox(fill.generator, block + blocks_drawn(fill, pieces(fill)))
+        source.set_philox(fill.generator, block + drawn)
     return seed, block
 
 
