@@ -73,9 +73,9 @@ def test_stores_are_16_bytes_wide(architecture: str) -> None:
 @disassembled
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_normals_are_computed_as_torch_does(architecture: str) -> None:
-    """The instructions that torch's own kernel has (seen in torch 2.15's libtorch_cuda.so): range
-    of the sine reduced with rounding to zero, then the hardware's sine and cosine; the constants of
-    libdevice's logf, merged multiply-adds and a Newton step for the square root."""
+    """The instructions that torch's own kernels have, as seen in libtorch_cuda.so of torch 2.11 and
+    2.15: range of the sine reduced with rounding to zero, then the hardware's sine and cosine; the
+    constants of libdevice's logf, merged multiply-adds and a Newton step for the square root."""
     code = machine_code(architecture)
     for needed in (
         r"FMUL\.RZ [^;]*0\.15915493667125701904",
