@@ -27,6 +27,7 @@ enum class Op : uint8_t {
 enum Flavour : uint8_t {
   kContracted = 1,  // a * b + c is one rounding (torch's AVX2 and AVX-512 kernels)
   kCephes = 2,      // log, sin, cos are the cephes polynomials; otherwise libm's functions
+  kKeepsEnd = 4,    // uniform: what rounds up to `to` stays (torch 2.11), else becomes `from`
 };
 
 // A strided destination, innermost dimension first, strides in elements. rank 0: dense memory.

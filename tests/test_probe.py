@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastinit
-from fastinit import backend, plan, probe
+from fastinit import backend, execute, plan, probe
 
 TIMING = """
 import time, torch, fastinit
@@ -84,3 +84,28 @@ def test_far_bounds_rest_on_the_rejection_algorithm(monkeypatch: pytest.MonkeyPa
     before = backend.native_fills
     fastinit.trunc_normal_(torch.empty(64, 128).t(), std=0.02)
     assert backend.native_fills == before
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_uniform_of_torch_2_11(dtype: torch.dtype, layout: str) -> None:
+    """What rounds up to `to` stayed; the proof tells the two kinds of torch apart."""
+    to = 1.0 + 2 * torch.finfo(dtype).eps
+    made = []
+    for flavour in (3, 7):
+        t = torch.empty(40_000, dtype=dtype)
+        fill = plan.uniform(
+            t if layout == "contiguous" else t.view(200, 200)[:, ::2],
+            *(1.0, to, torch.Generator().manual_seed(5)),
+        )
+        assert fill is not None
+        fill.flavour = flavour
+        execute.run([fill])
+        made.append(fill.tensor)
+    now, before = made
+    assert 0.1 < (before == to).double().mean() < 0.4
+    assert torch.equal(torch.where(before == to, 1.0, before.double()), now.double())
+    assert probe.verdict("uniform", dtype, "contiguous") in (3, 7)
+    theirs = torch.empty(40_000, dtype=dtype).uniform_(1.0, to)
+    replaces = not bool((theirs == to).any())
+    assert (probe.verdict("uniform", dtype, "contiguous") == 3) == replaces

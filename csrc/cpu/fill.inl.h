@@ -70,7 +70,7 @@ void write_items(const Law& law, const FillDesc& d, Words& w, uint64_t begin, ui
 
 template <Dtype dtype, bool kContract>
 void write_uniform(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool stream) {
-  if (reaches_end<dtype, kContract>(d)) {
+  if (!(d.flavour & kKeepsEnd) && reaches_end<dtype, kContract>(d)) {
     write_items(Uniform<dtype, kContract, true>(d), d, w, begin, end, stream);
   } else {
     write_items(Uniform<dtype, kContract, false>(d), d, w, begin, end, stream);

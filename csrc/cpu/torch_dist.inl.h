@@ -268,7 +268,8 @@ struct UniformDouble {
   static constexpr uint32_t kItems = 16, kStepWords = 32;
   double from, to, range;
 
-  explicit UniformDouble(const FillDesc& d) : from(d.a), to(d.b), range(d.b - d.a) {}
+  explicit UniformDouble(const FillDesc& d)  // no value equals NaN
+      : from(d.a), to(d.flavour & kKeepsEnd ? NAN : d.b), range(d.b - d.a) {}
 
   template <bool kStream>
   FI_INLINE void write(const uint32_t* x, double* out) const {

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from fastinit import block, execute, hooks, init, plan, probe, source
 from fastinit.capture import Capture
 from fastinit.mode import Mode
-from fastinit.operators import EMPTY, FACTORIES, FILLS, OVERWRITING, PLAIN, is_view, leaves
+from fastinit.operators import (
+    EMPTY,
+    FACTORIES,
+    FILLS,
+    OVERWRITING,
+    PLAIN,
+    is_inplace,
+    is_view,
+    leaves,
+)
 
 _MOVED = (
     "a tensor of the plan has other memory or another shape than when it was recorded; record the "
@@ -289,7 +298,7 @@ class _Walk(Mode):
                 self._refuse(f"{func} of a {type(t).__name__}")
         keys = [plan.storage_id(t) for t in tensors if t.layout is torch.strided]
         written = [key in self._written for key in keys]
-        inplace = torch.Tag.inplace in func.tags and len(keys) > 0
+        inplace = is_inplace(func) and len(keys) > 0
         if inplace and func._schema.name in OVERWRITING and keys[0] not in self._constants:
             t = tensors[0]
             whole = t.numel() * t.element_size() == plan.storage_of(t).nbytes()

@@ -160,6 +160,19 @@ def is_view(func: Any) -> bool:
     return known
 
 
+def is_inplace(func: Any) -> bool:
+    """Writes into its first argument and returns that. (torch 2.11 has no torch.Tag.inplace.)"""
+    schema = getattr(func, "_schema", None)
+    return (
+        schema is not None
+        and schema.name.endswith("_")
+        and (not schema.name.endswith("__") or schema.name.startswith("aten::__i"))
+        and len(schema.arguments) > 0
+        and schema.arguments[0].alias_info is not None
+        and schema.arguments[0].alias_info.is_write
+    )
+
+
 def leaves(x: object) -> Iterator[object]:
     """What is in nested lists, tuples and dicts."""
     if isinstance(x, dict):
