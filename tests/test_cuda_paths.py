@@ -1620,7 +1620,7 @@ def test_the_proof_is_no_part_of_what_asks_for_it(proofs: Proofs) -> None:
     expected.normal_(u)
     expected.check()
     assert report.early == []
-    assert proofs.asked == 4
+    assert proofs.asked == 5
 
 
 @pytest.fixture
