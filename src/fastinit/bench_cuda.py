@@ -26,6 +26,7 @@ import fastinit
 from fastinit import backend, bench, execute, plan, probe
 
 _LARGE = 1 << 28  # elements
+_DEVICE = "cuda"
 
 
 @dataclass
@@ -132,7 +133,7 @@ _LAWS = (
 
 
 def _large(law: str, dtype: torch.dtype, goal: str) -> Row:
-    t = torch.empty(_LARGE, dtype=dtype, device="cuda")
+    t = torch.empty(_LARGE, dtype=dtype, device=_DEVICE)
     arguments = (0.5,) if law == "constant_" else ()
     recorded = fastinit.Plan()
     getattr(recorded, law)(t, *arguments)
@@ -209,7 +210,7 @@ def _model(
 ) -> list[Row]:
     with torch.device("meta"):
         model = make()
-    model.to_empty(device="cuda")
+    model.to_empty(device=_DEVICE)
     tensors = list(model.parameters())
     ours, theirs = rule(fastinit), rule(torch.nn.init)
     recorded = fastinit.record(model, ours)

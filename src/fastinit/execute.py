@@ -14,7 +14,7 @@ from fastinit.plan import Fill
 
 def run(fills: Sequence[Fill]) -> None:
     """Do the fills as if torch had done them one by one."""
-    for group in _groups(fills):
+    for group in _groups(fills) if len(fills) > 1 else [fills] if fills else []:
         bumps: list[int] = []
         try:
             if group[0].device < 0:
@@ -36,7 +36,7 @@ def count_versions(fills: Sequence[Fill], bumps: Sequence[int]) -> None:
     torch.autograd.graph.increment_version(written)
 
 
-def _groups(fills: Sequence[Fill]) -> list[list[Fill]]:
+def _groups(fills: Sequence[Fill]) -> Sequence[Sequence[Fill]]:
     """By device, as what is on one does not depend on the others; but sparse_ on a GPU draws from
     the CPU's default generator, and has to keep its place, as have fills on two GPUs from one."""
     groups: list[list[Fill]] = []
