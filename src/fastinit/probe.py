@@ -40,7 +40,7 @@ _verdicts: dict[tuple[str, torch.dtype, str] | tuple[str, torch.dtype, str, int]
 
 def proved(fill: plan.Fill | None) -> plan.Fill | None:
     """The fill with its flavour, or None if torch has to do it."""
-    if fill is None:
+    if fill is None or fill.tensor.dtype not in plan.DTYPES:
         return None
     dtype, device = fill.tensor.dtype, fill.device
     if fill.rests_on and verdict(fill.rests_on, dtype, "contiguous", device) is None:
