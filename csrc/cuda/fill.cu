@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The kernel: a grid that stays, over the tiles of all fills of a launch.
 
-#include <cstdio>
-
 #include "device.h"
 #include "tiles.h"
 

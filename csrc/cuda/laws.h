@@ -9,45 +9,37 @@
 namespace fastinit {
 namespace cuda {
 
-// How a dtype is stored (T), computed with (A), and how many elements share a Philox block (kOf).
+// Elements that share a Philox block.
+template <class T>
+constexpr int kPerBlock = sizeof(T) == 8 ? 2 : 4;
+
+// How a dtype is stored (T) and computed with (A).
+template <class X>
+struct Same {
+  using T = X;
+  using A = X;
+  static FI_FN T code(A x) { return x; }
+  static FI_FN A value(T x) { return x; }
+};
+
+template <uint16_t (*encode)(float), float (*decode)(uint16_t)>
+struct Coded {
+  using T = uint16_t;
+  using A = float;
+  static FI_FN T code(A x) { return encode(x); }
+  static FI_FN A value(T x) { return decode(x); }
+};
+
 template <Dtype dtype>
 struct Element;
-
 template <>
-struct Element<Dtype::f32> {
-  using T = float;
-  using A = float;
-  static constexpr int kOf = 4;
-  static FI_FN T code(A x) { return x; }
-  static FI_FN A value(T x) { return x; }
-};
-
+struct Element<Dtype::f32> : Same<float> {};
 template <>
-struct Element<Dtype::f64> {
-  using T = double;
-  using A = double;
-  static constexpr int kOf = 2;
-  static FI_FN T code(A x) { return x; }
-  static FI_FN A value(T x) { return x; }
-};
-
+struct Element<Dtype::f64> : Same<double> {};
 template <>
-struct Element<Dtype::bf16> {
-  using T = uint16_t;
-  using A = float;
-  static constexpr int kOf = 4;
-  static FI_FN T code(A x) { return code_bf16(x); }
-  static FI_FN A value(T x) { return value_bf16(x); }
-};
-
+struct Element<Dtype::bf16> : Coded<code_bf16, value_bf16> {};
 template <>
-struct Element<Dtype::f16> {
-  using T = uint16_t;
-  using A = float;
-  static constexpr int kOf = 4;
-  static FI_FN T code(A x) { return code_f16(x); }
-  static FI_FN A value(T x) { return value_f16(x); }
-};
+struct Element<Dtype::f16> : Coded<code_f16, value_f16> {};
 
 // (0, 1] from one word; curand_uniform.
 FI_FN float unit(uint32_t w) { return fma_of(to_float(w), 0x1p-32f, 0x1p-33f); }
@@ -153,7 +145,7 @@ struct Normal {
   explicit FI_FN Normal(const double* p) : mean(static_cast<A>(p[0])), std(static_cast<A>(p[1])) {}
   template <int count>
   FI_FN void draw(const Words& x, typename E::T* out) const {
-    A z[E::kOf];
+    A z[kPerBlock<typename E::T>];
     normals_of<count>(x, z);
 #pragma unroll
     for (int i = 0; i < count; ++i) out[i] = E::code(fma_of(z[i], std, mean));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // What the bodies of the kernel are written in. nvcc compiles them for GPUs; the tests compile them
-// with the host's compiler, where only sine, cosine, logarithms and erfinv come from elsewhere.
+// with the host's compiler, where sine and cosine, erfinv, the square root and float64's logarithm
+// come from elsewhere.
 #pragma once
 
 #include <cstdint>

@@ -39,7 +39,7 @@ FI_FN void store_one(uint64_t to, const Pack& pack, int i, uint16_t) {
 template <class T>
 struct Place {
   static constexpr uint32_t kVector = 16 / sizeof(T);
-  static constexpr uint32_t kOf = sizeof(T) == 8 ? 2 : 4;
+  static constexpr uint32_t kOf = kPerBlock<T>;
   uint32_t items, threads;
   uint32_t range;  // first subsequence of the tile
   uint32_t first;  // element 0 of this trip
