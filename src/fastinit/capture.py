@@ -72,7 +72,6 @@ class Capture(Mode):
     """Records the fills of one thread; see the module."""
 
     modes = 1
-    takes_small = False
 
     def __init__(self, report: Report) -> None:
         super().__init__()
@@ -179,7 +178,7 @@ class Capture(Mode):
         if fill is not None:
             if memory is not None and self._record(memory, fill):
                 return t
-            if fill.items >= (plan.MIN_NATIVE if fill.device < 0 else plan.MIN_CUDA):
+            if fill.items >= plan.least(fill.device):
                 if memory is not None:
                     self._settle_arguments(func, args, None)
                 fill.bumps = 0  # the operator counts the version up
@@ -412,9 +411,10 @@ class Capture(Mode):
         if other is not None:
             self._others.append(weakref.ref(other))
 
-    def knows(self, t: Tensor) -> bool:
-        """Whether its fills may wait."""
-        return self._memory_of(t) is not None
+    def takes(self, t: Tensor) -> bool:
+        """On a GPU small fills, too, if they may wait."""
+        device = plan.device_of(t)
+        return t.numel() >= plan.least(device) or (device >= 0 and self._memory_of(t) is not None)
 
     def add(self, fills: list[plan.Fill]) -> None:
         """Fills from fastinit's own functions, which come without an operator."""

@@ -51,13 +51,10 @@ def _is_large(t: Any, at_least: int = 1) -> bool:
     n = t.numel()
     recorder = plan.this_thread.recorder
     if recorder is not None:
-        at_least = 0 if recorder.takes_small else 1
-    if at_least != 0:
-        on_gpu = plan.device_of(t) >= 0
-        small = n < at_least * (plan.MIN_CUDA if on_gpu else plan.MIN_NATIVE)
-        if small and not (on_gpu and recorder is not None and recorder.knows(t)):
-            return False
-    return n != 0 and not torch.compiler.is_compiling() and plan.modes_allow()
+        large = recorder.takes(t)
+    else:
+        large = n >= at_least * plan.least(plan.device_of(t))
+    return large and n != 0 and not torch.compiler.is_compiling() and plan.modes_allow()
 
 
 def _run(*fills: plan.Fill | None) -> bool:

@@ -52,7 +52,6 @@ class Plan:
     """
 
     modes = 0
-    takes_small = True
 
     def __init__(self) -> None:
         self._steps: list[list[plan.Fill] | Callable[[], object]] = []  # one for each call
@@ -60,7 +59,7 @@ class Plan:
         self._prepared: execute.Prepared | None = None
         self._on_gpu = False
 
-    def knows(self, t: Tensor) -> bool:
+    def takes(self, t: Tensor) -> bool:
         return True
 
     def add(self, fills: list[plan.Fill]) -> None:
@@ -241,7 +240,6 @@ class _Walk(Mode):
     """
 
     modes = 1
-    takes_small = True
     submitting = False
 
     def __init__(self, into: Plan, tensors: Iterable[Tensor]) -> None:
@@ -250,7 +248,7 @@ class _Walk(Mode):
         self._written = {plan.storage_id(t) for t in tensors if _is_simple(t)}
         self._constants: set[int] = set()
 
-    def knows(self, t: Tensor) -> bool:
+    def takes(self, t: Tensor) -> bool:
         return True
 
     def add(self, fills: list[plan.Fill]) -> None:

@@ -87,9 +87,8 @@ class Recorder(Protocol):
     """Takes what would otherwise be run at once."""
 
     modes: int  # how many dispatch modes it has put on torch's stack
-    takes_small: bool  # also fills of fewer than MIN_NATIVE elements
 
-    def knows(self, t: Tensor) -> bool: ...  # whether it takes fills of a GPU's tensor, if small
+    def takes(self, t: Tensor) -> bool: ...  # whether fills of such a tensor are worth a record
     def add(self, fills: list[Fill]) -> None: ...
     # `overwrites`: all of the tensor
     def call(self, function: partial[Any], tensor: Tensor, overwrites: bool) -> None: ...
@@ -136,6 +135,11 @@ def accepts(t: Tensor) -> bool:
 def is_here(t: Tensor) -> bool:
     """In memory of the CPU, or of a GPU that there are kernels for."""
     return t.is_cpu or (t.is_cuda and backend.can_use_cuda())
+
+
+def least(device: int) -> int:
+    """Elements from which a fill that does not wait is worth a native call."""
+    return MIN_NATIVE if device < 0 else MIN_CUDA
 
 
 def is_worth(t: Tensor) -> bool:
@@ -235,8 +239,8 @@ def trunc_normal(
     far = low < fill.a - _reach(fill) and high > fill.a + _reach(fill)
     if far and fill.b > _SMALLEST_RANGE:
         return fill  # no draw is rejected; that draws would be is what the other kind shows
-    far = (span(t) - 1) * t.element_size() + 1 > MOST_AT_ONCE
-    if fill.device >= 0 and fill.layout == "strided" and far:
+    splits = (span(t) - 1) * t.element_size() + 1 > MOST_AT_ONCE
+    if fill.device >= 0 and fill.layout == "strided" and splits:
         return None  # later draws go to a dense tensor, which torch splits elsewhere
     if fill.op == "normal":
         fill.op = "trunc_normal"
@@ -379,8 +383,7 @@ class Room:
         """Positions of fills that it overwrites completely; None: a new stage has to begin."""
         first, last = extent
         dropped = []
-        at = bisect_left(self._taken, (first, -1, -1, False)) - 1
-        at = max(at, 0)
+        at = max(0, bisect_left(self._taken, (first, -1, -1, False)) - 1)
         while at < len(self._taken) and self._taken[at][0] < last:
             begin, end, other, may_go = self._taken[at]
             if end <= first:
