@@ -145,7 +145,8 @@ class NinjaBuild(build_ext):
             rule = "nvcc" if source.suffix == ".cu" else "compile"
             edges.append(f"build {escape(out)}: {rule} {escape(ROOT / source)}\n  flags = {flags}")
         edges.append(f"build {escape(target)}: link {' '.join(objects)}")
-        host = f"-ccbin {cxx.split()[0]} " if "CXX" in os.environ else ""
+        # nvcc takes no launcher, such as ccache, and no options with its host compiler.
+        host = f"-ccbin {cxx} " if "CXX" in os.environ and len(cxx.split()) == 1 else ""
         (build / "build.ninja").write_text(
             NINJA_FILE.format(
                 cxx=cxx,

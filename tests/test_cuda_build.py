@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fastinit import backend, cuda
 from fastinit.backend import _cuda
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +123,16 @@ def test_the_module_has_code_for_the_named_architectures() -> None:
             assert f"sm_{number}.ptx" in listed.stdout
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         assert {"sm_80", "sm_90", "sm_100", "sm_120"} <= set(cubins())
+
+
+@pytest.mark.skipif(_cuda is None, reason="needs fastinit._cuda")
+def test_both_sides_mean_the_same() -> None:
+    """What cuda.py packs and assumes is what was compiled."""
+    for union in (len(cuda._DENSE), cuda._STRIDED.size, cuda._DIAGONAL.size):
+        assert cuda._PACK.size + union == _cuda.FILL_SIZE
+    assert cuda._SLOT.size == _cuda.SLOT_SIZE
+    assert backend.MOST_INLINED == _cuda.MOST_INLINED
+    assert backend.MOST_SOURCES == _cuda.MOST_SOURCES
 
 
 # ---- setup.py ------------------------------------------------------------------------------------

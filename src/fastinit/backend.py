@@ -21,7 +21,7 @@ except ImportError as error:
     ) from error
 
 _cuda: Any = None
-why_no_cuda = "not built: there was no nvcc"
+why_no_cuda = "not built: there was no nvcc, or FORCE_ONLY_CPU=1"
 try:
     from fastinit import _cuda
 except ImportError as error:

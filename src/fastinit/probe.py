@@ -82,8 +82,10 @@ def _candidates(op: str, dtype: torch.dtype, layout: str, device: int = -1) -> t
 
 
 def _probe(op: str, dtype: torch.dtype, layout: str, device: int = -1) -> int | None:
-    if op == "sparse" and verdict("sparse_mask", torch.bfloat16, "contiguous") is None:
-        return None
+    if op == "sparse":  # a mask over normals; how a large one is split, the normals show
+        mask = verdict("sparse_mask", torch.bfloat16, "contiguous")
+        if mask is None or verdict("normal", dtype, layout, device) is None:
+            return None
     before = plan.set_recorder(None)
     try:
         with _disable_current_modes(), torch.inference_mode(False):
