@@ -25,3 +25,17 @@
 #if defined(__FAST_MATH__)
 #error "fastinit must not be compiled with -ffast-math: its results are defined bit by bit"
 #endif
+
+namespace fastinit {
+// The compiler's own vectors, of so many bytes.
+template <class T, int kBytes>
+struct WideOf;
+template <int kBytes>
+struct WideOf<float, kBytes> {
+  typedef float type __attribute__((vector_size(kBytes)));
+};
+template <int kBytes>
+struct WideOf<double, kBytes> {
+  typedef double type __attribute__((vector_size(kBytes)));
+};
+}  // namespace fastinit

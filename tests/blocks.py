@@ -224,7 +224,9 @@ def compare_in_process(python: Callable[..., Any], module: str, case: str) -> No
         f"""
         import importlib, sys
         sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-        from tests import blocks
+        import pytest
+        from tests import blocks, conftest
+        conftest.use_own_factors(pytest.MonkeyPatch())
         for variant in blocks.VARIANTS:
             blocks.compare(importlib.import_module({module!r}).DANGEROUS[{case!r}], variant)
         print("equal")

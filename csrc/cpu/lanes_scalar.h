@@ -118,6 +118,21 @@ FI_INLINE void load_pairs(const uint32_t* p, U& first, U& second) {
 }
 FI_INLINE void join_pairs(F&, F&) {}
 
+// Vectors of float or double for products; + - * / of the compiler's vector extension besides.
+template <class T>
+using Wide = typename WideOf<T, 16>::type;
+constexpr int kTile = 4;  // rows of a tile of two vectors that the registers hold
+FI_INLINE Wide<float> wide(float v) { return Wide<float>{v, v, v, v}; }
+FI_INLINE Wide<double> wide(double v) { return Wide<double>{v, v}; }
+template <class T>
+FI_INLINE T mad(T a, T b, T c) {  // a * b + c, in one rounding where that is an instruction
+  return a * b + c;
+}
+template <class T>
+FI_INLINE T nmad(T a, T b, T c) {  // c - a * b, likewise
+  return c - a * b;
+}
+
 }  // namespace
 }  // namespace scalar
 }  // namespace fastinit

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu.h"
@@ -76,6 +77,35 @@ uint64_t run_truncated(const py::bytes& packed, uint64_t state, int threads) {
   return rounds;
 }
 
+// `written` gets one byte per matrix. Not all are if a signal handler raises.
+void orthonormalize_all(const py::bytes& packed, const py::buffer& written, int threads) {
+  const std::string_view data = packed;
+  const py::buffer_info done = written.request(true);
+  std::vector<MatrixDesc> matrices;
+  for (size_t at = 0; at + sizeof(MatrixDesc) <= data.size(); at += sizeof(MatrixDesc)) {
+    MatrixDesc d;
+    memcpy(&d, data.data() + at, sizeof d);
+    const uint64_t items = static_cast<uint64_t>(d.rows) * static_cast<uint64_t>(d.cols);
+    const uint64_t given = static_cast<uint64_t>(Shape(d).given(d.direct));
+    for (int64_t left = std::exchange(d.count, 1); left > 0; --left) {
+      matrices.push_back(d);
+      d.gaussian += given * (d.dtype == Dtype::f64 ? 8 : 4);
+      d.out += items * static_cast<uint64_t>(element_size(d.dtype));
+    }
+  }
+  if (static_cast<size_t>(done.size) != matrices.size() || done.itemsize != 1) {
+    throw py::value_error("one byte per matrix expected");
+  }
+  const Target& target = active_target();
+  bool all;
+  {
+    py::gil_scoped_release unlocked;
+    all = orthonormalize(target, matrices.data(), static_cast<int64_t>(matrices.size()),
+                         static_cast<char*>(done.ptr), control_of(threads));
+  }
+  if (!all) throw py::error_already_set();
+}
+
 void copy_advanced(uint64_t from, uint64_t to, uint64_t words) {
   const Target& target = active_target();
   TorchState* state = reinterpret_cast<TorchState*>(to);
@@ -103,11 +133,14 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace fastinit;
   m.doc() = "Fills of CPU memory with torch's numbers. Addresses are the caller's responsibility.";
   m.attr("FILL_SIZE") = sizeof(FillDesc);
+  m.attr("MATRIX_SIZE") = sizeof(MatrixDesc);
   m.attr("STATE_SIZE") = sizeof(TorchState);
   m.attr("COMPILER") = FASTINIT_COMPILER;
   m.def("run", &run, py::arg("fills"), py::arg("states"), py::arg("words_drawn"),
         py::arg("threads"));
   m.def("run_trunc", &run_truncated, py::arg("fill"), py::arg("state"), py::arg("threads"));
+  m.def("orthonormalize", &orthonormalize_all, py::arg("matrices"), py::arg("written"),
+        py::arg("threads"));
   m.def("advance", &copy_advanced, py::arg("state"), py::arg("to"), py::arg("words"));
   m.def("jumps", &jumps_made);
   m.def("targets", &list_targets);

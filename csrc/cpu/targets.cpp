@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Compiles the *.inl.h once per instruction set, and chooses between them at run time.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -24,6 +25,8 @@ namespace {
 #include "torch_dist.inl.h"
 #include "fill.inl.h"
 #include "trunc.inl.h"
+#include "stripes.inl.h"
+#include "qr.inl.h"
 }  // namespace
 }  // namespace scalar
 
@@ -35,6 +38,8 @@ namespace {
 #include "torch_dist.inl.h"
 #include "fill.inl.h"
 #include "trunc.inl.h"
+#include "stripes.inl.h"
+#include "qr.inl.h"
 }  // namespace
 }  // namespace avx2
 FI_END_TARGET
@@ -46,6 +51,8 @@ namespace {
 #include "torch_dist.inl.h"
 #include "fill.inl.h"
 #include "trunc.inl.h"
+#include "stripes.inl.h"
+#include "qr.inl.h"
 }  // namespace
 }  // namespace avx512
 FI_END_TARGET
@@ -66,10 +73,12 @@ bool has_avx512() {
 // The one table: best first, name, required features and functions in the same row.
 const Target kTargets[] = {
 #ifdef FI_X86
-    {"avx512", has_avx512, avx512::skip, avx512::jump, avx512::fill, avx512::trunc_round},
-    {"avx2", has_avx2, avx2::skip, avx2::jump, avx2::fill, avx2::trunc_round},
+    {"avx512", has_avx512, avx512::skip, avx512::jump, avx512::fill, avx512::trunc_round,
+     avx512::orthonormalize},
+    {"avx2", has_avx2, avx2::skip, avx2::jump, avx2::fill, avx2::trunc_round, avx2::orthonormalize},
 #endif
-    {"scalar", [] { return true; }, scalar::skip, scalar::jump, scalar::fill, scalar::trunc_round},
+    {"scalar", [] { return true; }, scalar::skip, scalar::jump, scalar::fill, scalar::trunc_round,
+     scalar::orthonormalize},
 };
 
 }  // namespace

@@ -24,6 +24,7 @@ from fastinit.init import normal_ as normal_
 from fastinit.init import ones_ as ones_
 from fastinit.init import orthogonal as orthogonal
 from fastinit.init import orthogonal_ as orthogonal_
+from fastinit.init import orthogonal_batched_ as orthogonal_batched_
 from fastinit.init import sparse as sparse
 from fastinit.init import sparse_ as sparse_
 from fastinit.init import trunc_normal_ as trunc_normal_
@@ -46,6 +47,6 @@ from fastinit.report import Report as Report
 __all__ = [  # torch's own come first
     *__all__,
     *("Plan", "Report", "fused", "init_model_", "install", "installed", "materialize_", "record"),
-    "uninstall",
+    *("orthogonal_batched_", "uninstall"),
 ]
 __version__ = "0.3.0"

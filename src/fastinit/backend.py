@@ -55,6 +55,13 @@ def run_trunc(packed: bytes, state: int) -> int:
     return rounds
 
 
+def orthonormalize(packed: bytes, written: bytearray) -> None:
+    """Write packed matrices of CPU memory; `written` gets a byte for each that is."""
+    global native_fills
+    _cpu.orthonormalize(packed, written, torch.get_num_threads())
+    native_fills += len(written)
+
+
 def advance(state: int, to: int, words: int) -> None:
     """Copy a generator state between addresses and move the copy on by so many words."""
     _cpu.advance(state, to, words)
@@ -143,3 +150,21 @@ def cuda_run(
         with torch.cuda.device(device):
             _cuda.run(*arguments)
     native_fills += count
+
+
+@functools.cache
+def cuda_shared(device: int) -> int:
+    """Bytes of shared memory that a block can ask for."""
+    return int(_cuda.most_shared(device))
+
+
+def cuda_run_qr(
+    step: int, packed: bytes, grid: tuple[int, int], threads: int, shared: int, device: int
+) -> None:
+    """Launch one step towards orthonormal columns on the current stream; see csrc/cuda/qr.h."""
+    arguments = (step, packed, *grid, threads, shared, device, cuda_stream(device))
+    if torch._C._cuda_getDevice() == device:
+        _cuda.run_qr(*arguments)
+    else:
+        with torch.cuda.device(device):
+            _cuda.run_qr(*arguments)

@@ -193,6 +193,8 @@ class Capture(Mode):
             return False
         if fill.op in ("normal_pairs", "trunc_normal") or not self._may_wait():
             return False
+        if fill.op == "orthogonal" and fill.items < 16:  # whose normals are pairs
+            return False
         t = fill.tensor
         size, begin = t.element_size(), int(t.storage_offset())
         items = fill.items if plan.is_dense(fill) else plan.span(t)

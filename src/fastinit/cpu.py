@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastinit import backend, plan, source
+from fastinit import backend, plan, qr, source
 from fastinit.plan import DTYPES, Fill
 
 _OP_CODE = {op: code for code, op in enumerate(plan.OPS)}
@@ -21,8 +21,8 @@ def words_drawn(fill: Fill, cached: bool) -> int:
     per_item = 2 if fill.tensor.dtype is torch.float64 else 1
     if fill.op == "uniform":
         return n * per_item
-    if fill.op == "normal":  # the last 16 elements are drawn again if the size is no multiple
-        if fill.tensor.element_size() == 2:
+    if fill.op in ("normal", "orthogonal"):  # the last 16 elements are drawn again if some are left
+        if fill.tensor.element_size() == 2 and fill.op == "normal":
             return (n + 15) // 16 * 16
         return (n + (16 if n % 16 else 0)) * per_item
     if fill.op == "normal_pairs":
@@ -44,19 +44,29 @@ def _pack(fill: Fill, address: int, word: int, src: int, cached: bool) -> bytes:
 class _Stage:
     """Fills that touch different memory and whose words are known: one native call."""
 
-    def __init__(self, states: list[source.State], index: dict[int, int], alone: bool) -> None:
-        self._states, self._index, self._alone = states, index, alone
+    def __init__(
+        self,
+        states: list[source.State],
+        index: dict[int, int],
+        alone: bool,
+        progress: bool | None,
+    ) -> None:
+        self._states, self._index, self._alone, self._progress = states, index, alone, progress
         self._begin()
 
     def _begin(self) -> None:
         self._packed: list[bytes | None] = []
+        self._jobs: list[qr.Job] = []  # with what is packed as their normals
+        self._scratch = 0  # bytes of normals elsewhere than in their tensors
         self._room = plan.Room()
         self._words = [0] * len(self._states)
         self._cached = [s.has_cached_normal for s in self._states]
         self._made_cached = [False] * len(self._states)  # in this stage: its value is not known yet
 
-    def add(self, fill: Fill) -> int:
+    def add(self, fill: Fill, droppable: bool = True) -> int:
         """How many times the tensor's version goes up."""
+        if fill.op == "orthogonal":
+            return self._add_matrices(fill)
         src = -1 if fill.generator is None else self._index[source.key_of(fill.generator)]
         if fill.op == "trunc_normal":  # how many words it draws depends on their values
             self.flush()
@@ -68,7 +78,7 @@ class _Stage:
             self.flush()
         extent = plan.extent(fill)
         if not self._alone:
-            self._make_room(fill, extent, not pairs)
+            self._make_room(fill, extent, droppable and not pairs)
         if src < 0:
             self._packed.append(_pack(fill, extent[0], 0, src, False))
             return fill.bumps
@@ -78,6 +88,18 @@ class _Stage:
         if pairs:
             self._cached[src] = (fill.items - cached) % 2 != 0
             self._made_cached[src] = True
+        return fill.bumps
+
+    def _add_matrices(self, fill: Fill) -> int:
+        out = plan.address_of(fill.tensor)
+        normals = qr.gaussian_of(fill)
+        self.add(plan.normals_of(fill, normals), droppable=False)
+        if normals is not fill.tensor:
+            self._make_room(fill, plan.extent(fill), False)
+            self._scratch += normals.nbytes
+        self._jobs.append(qr.job(fill, plan.address_of(normals), out, normals))
+        if self._scratch > qr.SCRATCH:
+            self.flush()
         return fill.bumps
 
     def _make_room(self, fill: Fill, extent: tuple[int, int], droppable: bool) -> None:
@@ -93,17 +115,19 @@ class _Stage:
         packed = b"".join(p for p in self._packed if p is not None)
         if packed or any(self._words):
             backend.run(packed, [s.address for s in self._states], self._words)
+        if self._jobs:
+            qr.run(self._jobs, self._progress)
         self._begin()
 
 
-def run(fills: Sequence[Fill], bumps: list[int]) -> None:
+def run(fills: Sequence[Fill], bumps: list[int], progress: bool | None = None) -> None:
     """Do the fills as if torch had done them one by one; `bumps`: of the tensors' versions."""
     generators = {source.key_of(f.generator): f.generator for f in fills if f.generator is not None}
     index = {key: i for i, key in enumerate(generators)}
 
     def work(states: list[source.State]) -> None:
         bumps.clear()
-        stage = _Stage(states, index, len(fills) == 1)
+        stage = _Stage(states, index, len(fills) == 1, progress)
         for fill in fills:
             bumps.append(stage.add(fill))
         stage.flush()
@@ -118,11 +142,28 @@ def draw_ahead(fill: Fill, scratch: torch.Tensor) -> torch.Tensor:
 
 
 def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
-    """Do fills whose words were drawn ahead, in one native call. None may overlap another."""
-    states = [plan.address_of(fill.state) for fill, _ in fills if fill.state is not None]
-    packed, src = [], -1
-    for fill, storage in fills:
-        address = plan.base_of(storage) + fill.extent[0]
-        src += fill.state is not None
-        packed.append(_pack(fill, address, 0, -1 if fill.state is None else src, False))
-    backend.run(b"".join(packed), states, [0] * len(states))
+    """Do fills whose words were drawn ahead, in one native call as long as there is room for the
+    normals of matrices. None may overlap another."""
+    packed: list[bytes] = []
+    states: list[int] = []
+    jobs: list[qr.Job] = []
+    scratch = 0
+    for i, (fill, storage) in enumerate(fills, 1):
+        out = address = plan.base_of(storage) + fill.extent[0]
+        if fill.op == "orthogonal":
+            normals = qr.gaussian_of(fill)
+            if normals is not fill.tensor:
+                address = plan.address_of(normals)
+                scratch += normals.nbytes
+            jobs.append(qr.job(fill, address, out, normals))
+            fill = plan.normals_of(fill, normals)
+        src = -1
+        if fill.state is not None:
+            src = len(states)
+            states.append(plan.address_of(fill.state))
+        packed.append(_pack(fill, address, 0, src, False))
+        if i == len(fills) or scratch > qr.SCRATCH:
+            backend.run(b"".join(packed), states, [0] * len(states))
+            if jobs:
+                qr.run(jobs)
+            packed, states, jobs, scratch = [], [], [], 0

@@ -12,13 +12,13 @@ from fastinit import backend, cpu, cuda, plan, source
 from fastinit.plan import Fill
 
 
-def run(fills: Sequence[Fill]) -> None:
-    """Do the fills as if torch had done them one by one."""
+def run(fills: Sequence[Fill], progress: bool | None = None) -> None:
+    """Do the fills as if torch had done them one by one. `progress`: see qr.run."""
     for group in _groups(fills) if len(fills) > 1 else [fills] if fills else []:
         bumps: list[int] = []
         try:
             if group[0].device < 0:
-                cpu.run(group, bumps)
+                cpu.run(group, bumps, progress)
             else:
                 cuda.Batch(group).run(bumps)
         finally:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 from torch.nn import init as _torch_init
 
-from fastinit import execute, plan, probe, source
+from fastinit import execute, plan, probe, qr, source
 
 # fmt: off
 __all__ = [  # torch's order; older torch.nn.init has no such list
@@ -40,17 +40,19 @@ _calculate_fan_in_and_fan_out = _torch_init._calculate_fan_in_and_fan_out
 _calculate_correct_fan = _torch_init._calculate_correct_fan
 
 _PLAIN = frozenset((Tensor, Parameter))
-_QR = 4  # times as many elements until faster normals show beside the factorisation
 _CONSTANT = 512  # times as many elements until torch's own fill_ costs more than a look at it
 
 
 def _is_large(t: Any, at_least: int = 1) -> bool:
-    """Worth a look: a plain tensor, of some size unless it is one of many, and nobody watches."""
+    """Worth a look: a plain tensor, of some size unless it is one of many, and nobody watches.
+
+    `at_least`: in units of what a simple fill has to have; 0: any element at all.
+    """
     if type(t) not in _PLAIN or torch._C._len_torch_function_stack() != 0:
         return False  # before t.numel() would be seen
     n = t.numel()
     recorder = plan.this_thread.recorder
-    if recorder is not None:
+    if recorder is not None and at_least != 0:
         large = recorder.takes(t)
     else:
         large = n >= at_least * plan.least(plan.device_of(t))
@@ -383,32 +385,91 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
     networks" (2013); uniform by the Haar measure after Mezzadri, arXiv math-ph/0609050.
 
     Args:
-        tensor: shape (rows, *columns), float32 or float64; trailing dimensions are flattened
+        tensor: shape (rows, *columns), float32, float64, bfloat16 or float16 (which are computed in
+            float32 and rounded once; torch raises for them); trailing dimensions are flattened
+        gain: scaling factor
+        generator: where the words come from (default: torch's default generator)
+
+    The same matrix as torch's, up to rounding: docs/reproducibility.md says how far.
+
+    Raises:
+        ValueError: fewer than two dimensions.
+        RuntimeError: other dtypes.
+    """
+    if not (_is_large(tensor, 0) and tensor.dim() >= 2):
+        return _pass_on(_torch.orthogonal_, tensor, gain, generator)
+    if _run(plan.orthogonal(tensor, gain, generator)):
+        return tensor
+    native = plan.accepts(tensor) and plan.device_of(tensor) < 0
+    return _pass_on(_orthogonal if native else _torch.orthogonal_, tensor, gain, generator)
+
+
+def orthogonal_batched_(
+    tensor: Tensor, gain: float = 1, generator: Generator | None = None
+) -> Tensor:
+    """Fill every matrix of a batch with an orthogonal matrix of its own; torch has no such.
+
+    For weights of experts or layers that are stacked, which `orthogonal_` would flatten into one
+    matrix. The normals are those of `torch.randn(tensor.shape)`, so that, on the CPU, for rows *
+    cols a multiple of 16 the matrices are those of `orthogonal_` on one after the other.
+
+    Args:
+        tensor: shape (..., rows, cols), any dtype that `orthogonal_` takes
         gain: scaling factor
         generator: where the words come from (default: torch's default generator)
 
     Raises:
         ValueError: fewer than two dimensions.
-        RuntimeError: a dtype torch.linalg.qr does not have.
+        RuntimeError: other dtypes.
     """
-    native = _is_large(tensor) and plan.accepts(tensor) and tensor.dim() >= 2
-    native = native and plan.device_of(tensor) < 0
-    native = native and tensor.numel() >= _QR * plan.MIN_NATIVE
-    return _pass_on(_orthogonal if native else _torch.orthogonal_, tensor, gain, generator)
+    if isinstance(tensor, Tensor) and tensor.dim() < 2:
+        raise ValueError("Only tensors with 2 or more dimensions are supported")
+    if _is_large(tensor, 0):
+        count = tensor.numel() // (tensor.shape[-2] * tensor.shape[-1])
+        if _run(plan.orthogonal(tensor, gain, generator, count)):
+            return tensor
+    if tensor.numel() == 0 or tensor.is_meta:
+        return tensor
+    return _pass_on(_orthogonal_batched, tensor, gain, generator)
 
 
 def _orthogonal(tensor: Tensor, gain: float, generator: Generator | None) -> Tensor:
-    """torch's way, but for the draw."""
-    rows, columns = tensor.shape[0], tensor.numel() // tensor.shape[0]
+    """For what is no plain memory to write to: in memory of its own, and copied."""
+    rows = tensor.shape[0]
     with torch.no_grad():
-        flat = tensor.new_empty((rows, columns))
-        if not _run(plan.normal(flat, 0.0, 1.0, generator)):
-            return cast(Tensor, _torch.orthogonal_(tensor, gain, generator))
-        q, r = torch.linalg.qr(flat.t_() if rows < columns else flat)
-        q *= torch.diag(r, 0).sign()
-        tensor.view_as(q.t_() if rows < columns else q).copy_(q)
-        tensor.mul_(gain)
+        flat = _normals(tensor, (rows, tensor.numel() // rows), generator)
+        number = type(gain) in (int, float)
+        qr.factor_(flat, gain if number else 1.0)
+        tensor.view_as(flat).copy_(flat)
+        if number:
+            torch.autograd.graph.increment_version(tensor)
+        else:
+            tensor.mul_(gain)
     return tensor
+
+
+def _orthogonal_batched(tensor: Tensor, gain: float, generator: Generator | None) -> Tensor:
+    """The same for a batch; by torch's operators where there is no memory of the CPU's."""
+    with torch.no_grad():
+        drawn = _normals(tensor, tensor.shape, generator)
+        if drawn.is_cpu and type(drawn) is Tensor and drawn.dtype in plan.DTYPES:
+            qr.factor_(drawn, 1.0)
+        else:
+            wide = drawn.shape[-2] < drawn.shape[-1]
+            q, r = torch.linalg.qr(drawn.mT if wide else drawn)
+            q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+            drawn = q.mT if wide else q
+        tensor.copy_(drawn)
+        return tensor.mul_(gain)
+
+
+def _normals(tensor: Tensor, shape: Sequence[int], generator: Generator | None) -> Tensor:
+    drawn = tensor.new_empty(shape, dtype=qr.gaussian_dtype(tensor.dtype))
+    normal_(drawn, 0.0, 1.0, generator)
+    recorder = plan.this_thread.recorder
+    if recorder is not None:
+        recorder.read(drawn, "orthogonal_")
+    return drawn
 
 
 def sparse_(

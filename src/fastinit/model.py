@@ -75,6 +75,9 @@ class Plan:
         self._steps.append(function)
         self._prepared = None
 
+    def read(self, t: Tensor, how: str) -> None:
+        """Nothing is read while it is recorded."""
+
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Raise in `run` if one of these has moved, though only views of them were recorded."""
         self._places += [(t, plan.place(t)) for t in tensors if type(t) in PLAIN]
@@ -82,8 +85,12 @@ class Plan:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def run(self) -> None:
+    def run(self, progress: bool | None = None) -> None:
         """Write everything that was recorded.
+
+        Args:
+            progress: show a bar (with tqdm, if installed) while matrices become orthogonal; by
+                default on a terminal, if that takes more than two seconds
 
         Raises:
             RuntimeError: a tensor has moved, or a mode is active that has to see torch's operators.
@@ -100,11 +107,11 @@ class Plan:
                 if not self._prepared.run():
                     raise RuntimeError(_MOVED)
             else:
-                self._run_steps(before)
+                self._run_steps(before, progress)
         finally:
             plan.set_recorder(before)
 
-    def _run_steps(self, block: object) -> None:
+    def _run_steps(self, block: object, progress: bool | None) -> None:
         if any(plan.place(t) != place for t, place in self._places):
             raise RuntimeError(_MOVED)
         fills: list[plan.Fill] = []
@@ -112,7 +119,7 @@ class Plan:
         for step in self._steps:
             if callable(step):
                 calls += 1
-                execute.run(fills)
+                execute.run(fills, progress)
                 fills = []
                 step()
                 if isinstance(block, Capture):
@@ -126,10 +133,10 @@ class Plan:
         if self._prepared is not None:
             self._prepared.run()
         else:
-            execute.run(fills)
+            execute.run(fills, progress)
 
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
-        if name not in hooks.FUNCTIONS:
+        if name not in hooks.FUNCTIONS and name != "orthogonal_batched_":
             raise AttributeError(f"'Plan' object has no attribute {name!r}")
         function = getattr(init, name)
 

@@ -30,10 +30,11 @@ _LARGEST_OTHER = 1e37  # nor can the difference of two
 # On a GPU: of elements, and of bytes from the first to the last. torch splits larger tensors.
 MOST_AT_ONCE = (1 << 31) - 1
 _SMALLEST_RANGE = 1e-30  # of uniform_: the 2^24th part of it is a normal float32
-# As enum Op of csrc/plan.h. `sparse` is normal with a mask, in one launch on a GPU.
+# As enum Op of csrc/plan.h. `sparse` is normal with a mask, in one launch on a GPU; `orthogonal` is
+# normal and what becomes of it.
 OPS = (
     *("constant", "diagonal", "uniform", "normal", "normal_pairs", "trunc_normal", "sparse_mask"),
-    *("trunc_erfinv", "sparse"),
+    *("trunc_erfinv", "sparse", "orthogonal"),
 )
 _DENSE = (0,) * 8
 NO_TENSOR = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in DTYPES}
@@ -62,7 +63,7 @@ class Fill:
     generator: torch.Generator | None = None  # None: no words are drawn
     layout: str = "contiguous"  # contiguous, dense (permuted) or strided
     rank: int = 0
-    shape: tuple[int, ...] = _DENSE  # FillDesc's union
+    shape: tuple[int, ...] = _DENSE  # FillDesc's union; orthogonal: rows, columns, matrices
     items: int = 0
     lo: float = 0.0
     hi: float = 0.0
@@ -72,7 +73,7 @@ class Fill:
     extent: tuple[int, int] = (0, 0)  # of its bytes when it was recorded: in memory or in a storage
     state: Any = None  # of the generator, if its words were drawn ahead: see draw_ahead
     device: int = -1  # index of a GPU; -1: the CPU
-    scale: float = 0.0  # trunc_erfinv: what the inverse error function is multiplied by
+    scale: float = 0.0  # trunc_erfinv: of the inverse error function; orthogonal: gain
     mean: float = 0.0  # and what is added
     zeros: int = 0  # sparse: of each column
     mask: Tensor | None = None  # sparse, if it was drawn ahead: 0 where zeros go
@@ -92,6 +93,7 @@ class Recorder(Protocol):
     def add(self, fills: list[Fill]) -> None: ...
     # `overwrites`: all of the tensor
     def call(self, function: partial[Any], tensor: Tensor, overwrites: bool) -> None: ...
+    def read(self, t: Tensor, how: str) -> None: ...  # its values are about to be used
 
 
 class _Local(threading.local):
@@ -342,6 +344,32 @@ def sparse(t: Tensor, std: object, zeros: int, generator: object) -> Fill | None
         return None
     fill.op, fill.zeros, fill.bumps = "sparse", zeros, 1 + columns
     return fill
+
+
+def orthogonal(t: Tensor, gain: object, generator: object, count: int = 1) -> Fill | None:
+    """`count` matrices of normals, drawn at once, and their orthogonal factors times gain."""
+    fill = normal(t, 0.0, 1.0, generator)
+    if fill is None or fill.device >= 0 or not t.is_contiguous():
+        return None
+    if type(gain) is not float and type(gain) is not int:
+        return None
+    try:
+        fill.scale = float(gain)
+    except OverflowError:  # as torch reports it
+        return None
+    rows = t.shape[0] if count == 1 else t.shape[-2]
+    fill.op, fill.bumps, fill.rank = "orthogonal", 2, 0
+    fill.shape = (rows, fill.items // count // rows, count, 0, 0, 0, 0, 0)
+    return fill
+
+
+def normals_of(fill: Fill, t: Tensor) -> Fill:
+    """What an orthogonal fill draws, to go to a tensor of as many elements."""
+    drawn = Fill(t, "normal", 0.0, 1.0, fill.generator, items=fill.items, flavour=fill.flavour)
+    drawn.device, drawn.state = fill.device, fill.state
+    if fill.device < 0 and fill.items < 16:
+        drawn.op, drawn.rank, drawn.shape = "normal_pairs", 1, (fill.items, 0, 0, 0, 1, 0, 0, 0)
+    return drawn
 
 
 # ---- geometry ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastinit import backend, cuda, execute, plan
+from fastinit import backend, cuda, execute, plan, qr
 
 # Of csrc/plan.h: 1, multiply and add contracted; 2, the cephes polynomials of ATen's AVX2 kernel;
 # 4, uniform_ of torch 2.11, which keeps what rounds up to its upper bound.
@@ -43,12 +43,16 @@ def proved(fill: plan.Fill | None) -> plan.Fill | None:
     if fill is None or fill.tensor.dtype not in plan.DTYPES:
         return None
     dtype, device = fill.tensor.dtype, fill.device
+    op = fill.op
+    if op == "orthogonal":  # the factors are not torch's to the bit, what is factored is
+        dtype = qr.gaussian_dtype(dtype)
+        op = "normal" if device >= 0 or fill.items >= 16 else "normal_pairs"
     if fill.rests_on and verdict(fill.rests_on, dtype, "contiguous", device) is None:
         return None
     layout = fill.layout
     if device >= 0 and fill.generator is not None and len(cuda.pieces(fill)) > 1:
         layout = "split"
-    flavour = verdict(fill.op, dtype, layout, device)
+    flavour = verdict(op, dtype, layout, device)
     if flavour is None:
         return None
     fill.flavour = flavour
@@ -256,11 +260,9 @@ def _explain(
         if op == "normal" and function != "orthogonal_" and device < 0:
             op = "normal_pairs"
     if function == "orthogonal_":
-        if dtype in (torch.bfloat16, torch.float16):
-            return "torch", "torch.linalg.qr has no 16-bit types"
         if device >= 0:
             return "torch", "its normals are native in a plan or a block"
-        layout = "contiguous"
+        dtype, layout = qr.gaussian_dtype(dtype), "contiguous"
     flavour = verdict(op, dtype, layout, device)
     if flavour is None and op == "trunc_normal" and device >= 0:
         op = "trunc_erfinv"
@@ -269,7 +271,7 @@ def _explain(
         return "torch", "bits differ from torch's here, or torch lacks the operator"
     if device >= 0:
         return "native", f"equal bits{', by erfinv as torch before 2.12' * (op == 'trunc_erfinv')}"
-    what = "normals native, torch.linalg.qr" if function == "orthogonal_" else "equal bits"
+    what = "equal up to rounding" if function == "orthogonal_" else "equal bits"
     wide = dtype is torch.float64 or op == "normal_pairs"
     maths = ", libm" if wide or flavour != 3 else ", AVX2 polynomials"
     return "native", what + (maths if op.startswith(("normal", "trunc")) else "")

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Divides orthogonal matrices between threads: many small ones side by side, large ones one after
+// the other with all threads. Results do not depend on the division.
+
+#include "qr.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <future>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "cpu.h"
+#include "threads.h"
+
+namespace fastinit {
+namespace {
+
+constexpr double kRate = 30;            // operations per ns and thread, to divide work by
+constexpr double kOverhead = 20e3;      // operations that a small matrix costs besides
+constexpr int64_t kCanShare = 1 << 16;  // elements that are enough for several threads,
+constexpr int64_t kShared = 1 << 20;    // and for all of them: what one works in would be large
+constexpr uint64_t kHugePage = 2 << 20;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Memory to work in. Fresh pages cost more than what is computed in them unless they are large.
+std::unique_ptr<void, Free> allocate(uint64_t bytes) {
+  const uint64_t unit = bytes >= 2 * kHugePage ? kHugePage : 64;
+  std::unique_ptr<void, Free> p(std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit));
+  if (p == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (unit == kHugePage) madvise(p.get(), bytes, MADV_HUGEPAGE);
+#endif
+  return p;
+}
+
+uint64_t bytes_of(const MatrixDesc& d, int workers) {
+  return static_cast<uint64_t>(Shape(d).items(workers)) * (is_wide(d) ? 8 : 4);
+}
+
+double cost_of(const MatrixDesc& d) { return Shape(d).flops() + kOverhead; }
+
+// `share`: the work of a thread. Matrices of half of it or more could not be divided evenly.
+bool is_shared(const MatrixDesc& d, double share) {
+  const int64_t items = d.rows * d.cols;
+  return items >= kShared || (items >= kCanShare && cost_of(d) >= share / 2);
+}
+
+// Calls body(worker, workers) in each of them; fewer than asked for if there are no more threads.
+template <class Body>
+void as_team(int threads, const Body& body) {
+  std::promise<int> started;
+  const std::shared_future<int> workers = started.get_future().share();
+  std::vector<std::thread> others;
+  others.reserve(static_cast<size_t>(threads));
+  try {
+    for (int i = 1; i < threads; ++i) others.emplace_back([&, i] { body(i, workers.get()); });
+  } catch (const std::system_error&) {
+  }
+  started.set_value(static_cast<int>(others.size()) + 1);
+  body(0, workers.get());
+  for (std::thread& t : others) t.join();
+}
+
+}  // namespace
+
+bool Team::barrier(int worker) {
+  if (interrupt_ != nullptr && interrupt_->raised(worker)) stop_ = true;
+  const uint32_t phase = phase_;
+  if (arrived_.fetch_add(1) + 1 == workers_) {
+    arrived_ = 0;
+    next_ = 0;
+    stopped_ = stop_.load();
+    phase_ = phase + 1;
+  } else {
+    for (int i = 0; phase_ == phase; ++i) {
+      if (i > 1000) std::this_thread::yield();
+    }
+  }
+  return !stopped_;
+}
+
+bool orthonormalize(const Target& target, const MatrixDesc* matrices, int64_t count, char* done,
+                    const Control& control) {
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) total += cost_of(matrices[i]);
+  std::vector<int64_t> shared, small;
+  double cost = 0;
+  uint64_t bytes = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (is_shared(matrices[i], total / control.threads)) {
+      shared.push_back(i);
+    } else {
+      small.push_back(i);
+      cost += cost_of(matrices[i]);
+      bytes = std::max(bytes, bytes_of(matrices[i], 1));
+    }
+  }
+  // The most expensive first, so that all threads end at about the same time.
+  std::stable_sort(small.begin(), small.end(), [&](int64_t a, int64_t b) {
+    return cost_of(matrices[a]) > cost_of(matrices[b]);
+  });
+  Interrupt interrupt(control);
+  std::atomic<size_t> next{0};
+  const int threads = std::min<int64_t>(worth_threads(cost / kRate, control), small.size());
+  if (threads > 0) {
+    parallel(threads, [&](int worker) {
+      const std::unique_ptr<void, Free> work = allocate(bytes);
+      for (size_t i; (i = next++) < small.size() && !interrupt.raised(worker);) {
+        Team alone(1, nullptr);
+        target.orthonormalize(matrices[small[i]], work.get(), alone, 0);
+        done[small[i]] = 1;
+      }
+    });
+  }
+  if (interrupt.raised(-1)) return false;
+  for (const int64_t i : shared) {
+    const MatrixDesc& d = matrices[i];
+    const int most = worth_threads(cost_of(d) / kRate, control);
+    const std::unique_ptr<void, Free> work = allocate(bytes_of(d, most));
+    std::unique_ptr<Team> team;
+    std::once_flag made;
+    bool finished = false;
+    as_team(most, [&](int worker, int workers) {
+      std::call_once(made, [&] { team.reset(new Team(workers, &interrupt)); });
+      if (target.orthonormalize(d, work.get(), *team, worker) && worker == 0) finished = true;
+    });
+    if (!finished) return false;
+    done[i] = 1;
+  }
+  return true;
+}
+
+}  // namespace fastinit
