@@ -22,6 +22,7 @@ import torch
 
 from fastinit import backend, cuda, plan, probe, source
 
+from . import cuda_qr_host
 from .cuda_model import Gpu
 
 HERE = Path(__file__).parent
@@ -66,6 +67,7 @@ class Simulation:
         self.default = Generator(seed=1234, offset=8)
         self.launches: list[tuple[int, int]] = []  # fills, tiles
         self.copies = 0  # to device memory
+        self.factors = cuda_qr_host.Simulation(cuda_qr_host.HOPPER)
         self.backwards = False
         self._counts: list[tuple[torch.Tensor, np.ndarray]] = []
 
@@ -153,6 +155,8 @@ def simulated(gpu: Gpu) -> Iterator[Simulation]:
         patch.setattr(backend, "cuda_run", sim.run)
         patch.setattr(backend, "cuda_upload", sim.upload)
         patch.setattr(backend, "cuda_copy", sim.copy)
+        patch.setattr(backend, "cuda_shared", lambda device: cuda_qr_host.HOPPER)
+        patch.setattr(backend, "cuda_run_qr", sim.factors.run)
         patch.setattr(backend, "cuda_zeros", lambda n, device: torch.zeros(n, dtype=torch.uint8))
         patch.setattr(source, "resolve", resolve_here)
         patch.setattr(source, "is_supported", is_supported)

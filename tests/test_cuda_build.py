@@ -31,21 +31,27 @@ disassembled = pytest.mark.skipif(
 
 
 @functools.cache
-def cubins() -> dict[str, Path]:
-    """The machine code of the installed module, by architecture."""
+def cubins() -> dict[str, list[Path]]:
+    """The machine code of the installed module, a file of each source, by architecture."""
     tool = shutil.which("cuobjdump")
     assert tool is not None
     folder = tempfile.mkdtemp()
     subprocess.run([tool, "-xelf", "all", _cuda.__file__], cwd=folder, check=True)
-    return {p.name.split(".")[-2]: p for p in Path(folder).glob("*.cubin")}
+    found: dict[str, list[Path]] = {}
+    for p in Path(folder).glob("*.cubin"):
+        found.setdefault(p.name.split(".")[-2], []).append(p)
+    return found
 
 
 @functools.cache
 def machine_code(architecture: str) -> str:
     tool = shutil.which("nvdisasm")
     assert tool is not None
-    command = [tool, "-c", str(cubins()[f"sm_{architecture}"])]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    texts = []
+    for p in cubins()[f"sm_{architecture}"]:
+        run = subprocess.run([tool, "-c", str(p)], capture_output=True, text=True, check=True)
+        texts.append(run.stdout)
+    return "".join(texts)
 
 
 @built

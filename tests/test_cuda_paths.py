@@ -27,7 +27,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastinit
-from fastinit import backend, cpu, cuda, execute, operators, plan, probe, source
+from fastinit import backend, cpu, cuda, cuda_qr, execute, operators, plan, probe, source
 from fastinit.plan import Fill
 
 from . import cuda_model
@@ -95,6 +95,24 @@ class Torch:
 
     def uniform_(self, t: torch.Tensor, a: float = 0.0, b: float = 1.0) -> None:
         self.draw("uniform", t, a, b)
+
+    def orthogonal_(self, t: torch.Tensor, gain: float = 1.0, batch: int = 1) -> None:
+        """The factor of each matrix, exactly; of normals that may be off in their last bits."""
+        dtype = "float64" if t.dtype is F64 else "float32"
+        normals = np.full(t.numel(), np.nan)
+        for place, values in cuda_model.fill(
+            "normal", (t.numel(),), (1,), dtype, (0.0, 1.0), self.state, self.gpu
+        ):
+            normals[place] = values
+        rows = t.shape[0] if batch == 1 else t.shape[-2]
+        made = []
+        for a in normals.reshape(batch, rows, -1):
+            wide = a.shape[0] < a.shape[1]
+            q, r = np.linalg.qr(a.T if wide else a)
+            q *= np.sign(np.diag(r))
+            made.append(q.T if wide else q)
+        tolerance = {F64: 1e-9, F32: 2e-4}.get(t.dtype, 1e-2) * abs(gain)
+        self.write(t, gain * np.array(made).reshape(t.shape), tolerance)
 
     def normal_(self, t: torch.Tensor, mean: float = 0.0, std: float = 1.0) -> None:
         self.draw("normal", t, mean, std)
@@ -529,23 +547,23 @@ def test_recording_goes_on_after_a_run(sim: Simulation) -> None:
 
 
 def test_calls_in_between_keep_their_place(sim: Simulation) -> None:
-    """torch factorises; before it the first fills are written, after it the others."""
+    """torch's own functions; before them the first fills are written, after them the others."""
     w, b, c = box(5, 9), box(3000), box(100)
     made = fastinit.Plan()
     made.uniform_(w)
     made.uniform_(b)
-    made.orthogonal_(w)
+    made.constant_(w, torch.tensor(2.0))
     made.zeros_(w[0])
     made.normal_(c)
     expected = Torch(sim)
     for run in range(1, 3):
         made.run()
-        expected.state.offset += cuda_model.increment(45, "float32", SMALL)  # w, overwritten
+        expected.uniform_(w)
         expected.uniform_(b)
+        expected.write(w, 2)
+        expected.write(w[0], 0)
         expected.normal_(c)
         expected.check()
-        assert (w[0] == 0).all()
-        torch.testing.assert_close(w[1:] @ w[1:].T, torch.eye(4))
         assert fills_of(sim.launches) == [2, 2] * run
     made.uniform_(w)  # also after such a run
     made.run()
@@ -1091,20 +1109,56 @@ def test_a_plan_run_in_a_block_comes_in_its_place(sim: Simulation) -> None:
 
 
 def test_orthogonal_in_a_block(sim: Simulation) -> None:
-    """torch factorises at once, in place of what was pending."""
+    """It waits, and what overlaps it comes behind it."""
     expected = Torch(sim)
     with fastinit.fused() as report:
         w, b = torch.empty(6, 20).normal_(), torch.empty(20).uniform_()
         torch_init.orthogonal_(w)
+        h = fastinit.orthogonal_batched_(torch.empty(3, 7, 5, dtype=BF16), 2.0)
         w[0].zero_()
         assert sim.launches == []
     expected.state.offset += 4
     expected.uniform_(b)
+    expected.orthogonal_(w)
+    expected.orthogonal_(h, 2.0, batch=3)
+    expected.write(w[0], 0)
     expected.check()
-    assert (w[0] == 0).all()
-    torch.testing.assert_close(w[1:] @ w[1:].T, torch.eye(5))
-    assert fills_of(sim.launches) == [2]
+    assert fills_of(sim.launches) == [3, 1]
+    assert len(sim.factors.launches) == 1
     assert report.dropped_elements == 120
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+def test_orthogonal_in_a_plan(
+    dtype: torch.dtype, sim: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its normals go in the launch of all others, its factors with each other behind it; twice
+    gives others. Overlaps keep their order, and memory for normals is bounded."""
+    w, v = box(40, 9, dtype=dtype), box(6, 4, 3, 3, dtype=dtype)
+    large, few, b = box(150, 140, dtype=dtype), box(2, 2, dtype=dtype), box(3000, dtype=dtype)
+    made = fastinit.Plan()
+    made.uniform_(w)
+    for t, gain in ((w, 1.0), (v, -0.5), (large, 3.0), (few, 1.0)):
+        made.orthogonal_(t, gain)
+    made.normal_(b)
+    made.zeros_(w[3:5])
+    for most in (cuda_qr.MOST_MEMORY, 4 * 600):
+        monkeypatch.setattr(cuda_qr, "MOST_MEMORY", most)
+        expected = Torch(sim)
+        sim.launches.clear()
+        versions = [t._version for t in (w, v, b)]
+        made.run()
+        expected.uniform_(w)
+        for t, gain in ((w, 1.0), (v, -0.5), (large, 3.0), (few, 1.0)):
+            expected.orthogonal_(t, gain)
+        expected.normal_(b)
+        expected.write(w[3:5], 0)
+        expected.check()
+        if dtype.itemsize == 2 and most == 2400:
+            assert fills_of(sim.launches) == [2, 1, 3]
+        else:
+            assert fills_of(sim.launches) == [5, 1]
+        assert [t._version for t in (w, v, b)] == [n + k for n, k in zip(versions, (4, 2, 1))]
 
 
 def test_saved_references_of_torch_are_seen(

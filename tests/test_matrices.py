@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from .conftest import BF16, DTYPES, F16, F32, F64, Position, assert_same
+from .conftest import DTYPES, F16, F32, F64, Position, assert_same
 
 pytestmark = pytest.mark.usefixtures("native")
 

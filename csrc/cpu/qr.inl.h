@@ -121,13 +121,14 @@ class Matrix {
     return true;
   }
 
-  // Columns of the identity, reflected: V' of them are rows of V.
+  // Columns of the identity, reflected: V' of them are rows of V. What the last stripe has beyond
+  // the matrix comes from what follows in the workspace, and stays in columns that nobody reads.
   void form_own(const Block<T>& own, int64_t q, T* c) const {
     const int n = columns(first_of(own) + q);
     for (int k0 = 0; k0 < own.columns; k0 += S) {
       const T* const rows = own.v + k0 / S * own.stride + q * S * S;
       for (int k = 0; k < S; ++k) {
-        for (int j = 0; j < S; ++j) own.w()[(k0 + k) * S + j] = j < n ? rows[j * S + k] : T();
+        for (int j = 0; j < S; ++j) own.w()[(k0 + k) * S + j] = rows[j * S + k];
       }
     }
     memset(c, 0, sizeof(T) * S * static_cast<size_t>(own.rows));
@@ -173,7 +174,11 @@ class Matrix {
     });
   }
 
-  static void copy(const In* from, T* to, int64_t items) {
+  static void copy(const In* __restrict__ from, T* __restrict__ to, int64_t items) {
+    if (items == S) {  // known to the compiler
+      for (int i = 0; i < S; ++i) to[i] = static_cast<T>(from[i]);
+      return;
+    }
     for (int64_t i = 0; i < items; ++i) to[i] = static_cast<T>(from[i]);
   }
 
@@ -210,13 +215,14 @@ class Matrix {
         const bool tall = d_.rows >= d_.cols;
         for (int k = 0; k < count; ++k) {
           const T* const row = stripe(s, i + k);
-          for (int j = 0; j < width; ++j) {
-            (tall ? rows[k][j] : rows[j][k]) = static_cast<In>(row[j] * signs[j]) * gain;
-          }
+          for (int j = 0; j < S; ++j) rows[k][j] = static_cast<In>(row[j] * signs[j]) * gain;
         }
         if (tall) {
           for (int k = 0; k < count; ++k) put_row<dtype>(rows[k], out + (i + k) * n + s * S, width);
         } else {
+          for (int k = 0; k < S; ++k) {
+            for (int j = 0; j < k; ++j) std::swap(rows[k][j], rows[j][k]);
+          }
           for (int j = 0; j < width; ++j) put_row<dtype>(rows[j], out + (s * S + j) * m + i, count);
         }
       }
@@ -226,7 +232,7 @@ class Matrix {
   template <Dtype dtype, class E>
   static void put_row(const In* row, E* out, int items) {
     if constexpr (dtype == Dtype::f64 || dtype == Dtype::f32) {
-      for (int i = 0; i < items; ++i) out[i] = static_cast<E>(row[i]);
+      memcpy(out, row, sizeof(E) * static_cast<size_t>(items));
     } else {
       using To = Element<dtype>;
       float values[2 * kPairs];

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "launch.h"
+#include "qr.h"
 
 namespace fastinit {
 namespace cuda {
@@ -14,6 +15,13 @@ struct Status {
 
 // Starts the kernel on a stream of a device, which has to be current, and does not wait for it.
 Status launch(const Arguments& args, int device, uint64_t stream);
+
+// Starts a step towards orthonormal columns, likewise.
+Status orthonormalize(QrStep step, const QrArguments& args, const QrGrid& grid, int device,
+                      uint64_t stream);
+
+// Bytes of shared memory that a block can ask for.
+Status most_shared(int device, int* bytes);
 
 // Whether there is a driver with a GPU.
 Status driver();

@@ -36,6 +36,30 @@ void run(const py::bytes& fills, uint64_t table, uint32_t count, uint32_t tiles,
   if (status.code != 0) throw std::runtime_error(std::string("fastinit: CUDA: ") + status.message);
 }
 
+void run_qr(uint32_t step, const py::bytes& packed, uint32_t x, uint32_t y, uint32_t threads,
+            uint32_t shared, int device, uint64_t stream) {
+  const std::string_view from = packed;
+  QrArguments args = {};
+  if (from.size() > sizeof args || step > static_cast<uint32_t>(QrStep::write)) {
+    throw py::value_error("not a packed launch");
+  }
+  memcpy(&args, from.data(), from.size());
+  Status status;
+  {
+    py::gil_scoped_release unlocked;
+    status =
+        orthonormalize(static_cast<QrStep>(step), args, {x, y, threads, shared}, device, stream);
+  }
+  if (status.code != 0) throw std::runtime_error(std::string("fastinit: CUDA: ") + status.message);
+}
+
+int shared_of(int device) {
+  int bytes = 0;
+  const Status status = most_shared(device, &bytes);
+  if (status.code != 0) throw std::runtime_error(std::string("fastinit: CUDA: ") + status.message);
+  return bytes;
+}
+
 std::string why_no_driver() {
   const Status status = driver();
   return status.code == 0 ? "" : status.message;
@@ -57,5 +81,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("run", &run, pybind11::arg("fills"), pybind11::arg("table"), pybind11::arg("count"),
         pybind11::arg("tiles"), pybind11::arg("sources"), pybind11::arg("progress"),
         pybind11::arg("device"), pybind11::arg("stream"));
+  m.attr("QR_JOB_SIZE") = sizeof(QrJob);
+  m.attr("QR_ARGUMENTS_SIZE") = sizeof(QrArguments);
+  m.def("run_qr", &run_qr, pybind11::arg("step"), pybind11::arg("packed"), pybind11::arg("x"),
+        pybind11::arg("y"), pybind11::arg("threads"), pybind11::arg("shared"),
+        pybind11::arg("device"), pybind11::arg("stream"));
+  m.def("most_shared", &shared_of, pybind11::arg("device"));
   m.def("why_no_driver", &why_no_driver);
 }

@@ -3,6 +3,8 @@ COMPILER: str
 FILL_SIZE: int
 MOST_INLINED: int
 MOST_SOURCES: int
+QR_ARGUMENTS_SIZE: int
+QR_JOB_SIZE: int
 SLOT_SIZE: int
 
 def run(
@@ -15,4 +17,15 @@ def run(
     device: int,
     stream: int,
 ) -> None: ...
+def run_qr(
+    step: int,
+    packed: bytes,
+    x: int,
+    y: int,
+    threads: int,
+    shared: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def most_shared(device: int) -> int: ...
 def why_no_driver() -> str: ...

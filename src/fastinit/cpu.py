@@ -12,6 +12,7 @@ from fastinit import backend, plan, qr, source
 from fastinit.plan import DTYPES, Fill
 
 _OP_CODE = {op: code for code, op in enumerate(plan.OPS)}
+_OP_CODE["orthogonal"] = _OP_CODE["normal"]
 _PACK = struct.Struct("<QQddddQiBBBB8q")  # FillDesc of csrc/plan.h
 
 
@@ -63,10 +64,24 @@ class _Stage:
         self._cached = [s.has_cached_normal for s in self._states]
         self._made_cached = [False] * len(self._states)  # in this stage: its value is not known yet
 
-    def add(self, fill: Fill, droppable: bool = True) -> int:
+    def add(self, fill: Fill) -> int:
         """How many times the tensor's version goes up."""
-        if fill.op == "orthogonal":
-            return self._add_matrices(fill)
+        if fill.op != "orthogonal":
+            return self._put(fill, True)
+        normals = qr.gaussian_of(fill)
+        in_place = normals is fill.tensor
+        drawn = fill if in_place and fill.items >= 16 else plan.normals_of(fill, normals)
+        self._put(drawn, False)
+        out = plan.address_of(fill.tensor)
+        if not in_place:
+            self._make_room(plan.extent(fill), fill, False)
+            self._scratch += normals.nbytes
+        self._jobs.append(qr.job(fill, plan.address_of(normals), out, normals))
+        if self._scratch > qr.SCRATCH:
+            self.flush()
+        return fill.bumps
+
+    def _put(self, fill: Fill, droppable: bool) -> int:
         src = -1 if fill.generator is None else self._index[source.key_of(fill.generator)]
         if fill.op == "trunc_normal":  # how many words it draws depends on their values
             self.flush()
@@ -78,7 +93,7 @@ class _Stage:
             self.flush()
         extent = plan.extent(fill)
         if not self._alone:
-            self._make_room(fill, extent, droppable and not pairs)
+            self._make_room(extent, fill, droppable and not pairs)
         if src < 0:
             self._packed.append(_pack(fill, extent[0], 0, src, False))
             return fill.bumps
@@ -90,19 +105,7 @@ class _Stage:
             self._made_cached[src] = True
         return fill.bumps
 
-    def _add_matrices(self, fill: Fill) -> int:
-        out = plan.address_of(fill.tensor)
-        normals = qr.gaussian_of(fill)
-        self.add(plan.normals_of(fill, normals), droppable=False)
-        if normals is not fill.tensor:
-            self._make_room(fill, plan.extent(fill), False)
-            self._scratch += normals.nbytes
-        self._jobs.append(qr.job(fill, plan.address_of(normals), out, normals))
-        if self._scratch > qr.SCRATCH:
-            self.flush()
-        return fill.bumps
-
-    def _make_room(self, fill: Fill, extent: tuple[int, int], droppable: bool) -> None:
+    def _make_room(self, extent: tuple[int, int], fill: Fill, droppable: bool) -> None:
         """One that is overwritten completely is not done; its words still count."""
         dropped = self._room.take(fill, extent, len(self._packed), droppable)
         if dropped is None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastinit import backend, cpu, plan, source
+from fastinit import backend, cpu, cuda_qr, plan, qr, source
 from fastinit.plan import DTYPES, Fill
 
 _LANES = 256  # of a block of torch's grid and of ours
@@ -132,6 +132,7 @@ class Launch:
         self._drawn: list[int] = []  # blocks since the source's offset, or the end of `_after`
         self._after: list[int] = []
         self._sparse = False
+        self._matrices: list[cuda_qr.Job] = []  # what becomes of normals
         self._room = plan.Room()
         self._packed: tuple[bytes, int, int] | None = None  # descriptors, fills, tiles
         self._table: tuple[Tensor, int] | None = None  # them in device memory; of which stream
@@ -161,19 +162,41 @@ class Launch:
         `source`: number of the generator, -1 if there is none. False: it has to come after all that
         is in this launch.
         """
-        at = self._index(source) if source >= 0 else -1
-        if at is None or len(self._entries) == _MOST_FILLS:
-            return False
-        self._sparse |= fill.op == "sparse"
-        extent = plan.extent(fill)
-        dropped = self._room.take(fill, extent, len(self._entries), fill.op != "trunc_normal")
+        if fill.op == "orthogonal":
+            normals = qr.gaussian_of(fill)
+            if normals is not fill.tensor and not self._make_room(fill, False):
+                return False
+            if not self._append(plan.normals_of(fill, normals), source, False):
+                return False
+            self.factor(fill, normals, fill.tensor)
+            return True
+        return self._append(fill, source, fill.op != "trunc_normal")
+
+    def factor(self, fill: Fill, normals: Tensor, out: Tensor) -> None:
+        """Make matrices orthogonal behind the launch."""
+        rows, cols, count = fill.shape[:3]
+        for x, y in zip(normals.view(count, rows, cols), out.view(count, rows, cols)):
+            self._matrices.append(cuda_qr.Job(x, y, rows, cols, fill.scale))
+
+    def _make_room(self, fill: Fill, droppable: bool) -> bool:
+        """What it overwrites completely is not done."""
+        dropped = self._room.take(fill, plan.extent(fill), len(self._entries), droppable)
         if dropped is None:
             return False
         for position in dropped:
             old = self._entries[position]
             sparse = old is not None and old.fill.op == "sparse"  # its zeros have to be drawn
             self._entries[position] = old._replace(address=0) if old and sparse else None
-        address = extent[0]
+        return True
+
+    def _append(self, fill: Fill, source: int, droppable: bool) -> bool:
+        at = self._index(source) if source >= 0 else -1
+        if at is None or len(self._entries) == _MOST_FILLS:
+            return False
+        if not self._make_room(fill, droppable):
+            return False
+        self._sparse |= fill.op == "sparse"
+        address = plan.address_of(fill.tensor)
         slot = -1
         if fill.op == "trunc_normal":
             slot = len(self.slots)
@@ -210,7 +233,10 @@ class Launch:
         `states`: (seed, block) of each generator. Waits for the kernel if it has slots.
         """
         with backend.undisturbed():
-            return self._go(states)
+            result = self._go(states)
+            if self._matrices:
+                cuda_qr.orthonormalize(self._matrices)
+            return result
 
     def _go(self, states: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
         masks: list[Tensor] = []
@@ -353,7 +379,10 @@ def draw_ahead(fill: Fill) -> tuple[int, int]:
     assert fill.generator is not None
     if fill.op == "sparse":
         fill.mask = _draw_mask(fill)
-    drawn = blocks_drawn(fill, pieces(fill))
+    numbers = fill
+    if fill.op == "orthogonal":
+        numbers = plan.normals_of(fill, plan.NO_TENSOR[qr.gaussian_dtype(fill.tensor.dtype)])
+    drawn = blocks_drawn(numbers, pieces(numbers))
     with source.lock_of(fill.generator):
         seed, block = source.philox(fill.generator)
         source.set_philox(fill.generator, block + drawn)
@@ -368,19 +397,48 @@ def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
     for fill, storage in fills:
         of_stream = launches.setdefault((fill.device, fill.stream), [(Launch(fill.device), {})])
         address = plan.base_of(storage) + fill.extent[0]
+        numbers = fill
+        if fill.op == "orthogonal":
+            out = _tensor_at(fill, storage)
+            normals = qr.gaussian_of(fill, out)
+            numbers, address = plan.normals_of(fill, normals), plan.address_of(normals)
         while True:
             launch, seeds = of_stream[-1]
             src, block = -1, 0
             if fill.state is not None:
                 seed, block = fill.state
                 src = seeds.setdefault(seed, len(seeds))
-            if launch.put(fill, address, src, block):
+            if launch.put(numbers, address, src, block):
+                if fill.op == "orthogonal":
+                    launch.factor(fill, normals, out)
                 break
             of_stream.append((Launch(fill.device), {}))
     for (device, stream), of_stream in launches.items():
         with backend.on_stream(device, stream):
             for launch, seeds in of_stream:
                 launch.go([(seed, 0) for seed in seeds])
+
+
+def _tensor_at(fill: Fill, storage: torch.UntypedStorage) -> Tensor:
+    """The tensor a fill was asked for, as a flat one."""
+    dtype = fill.tensor.dtype
+    with backend.undisturbed():
+        flat = torch.empty(0, dtype=dtype, device=storage.device)
+        return flat.set_(storage, fill.extent[0] // dtype.itemsize, (fill.items,), (1,))  # type: ignore[call-overload,no-any-return,unused-ignore]
+
+
+def within_memory(fills: Sequence[Fill]) -> Iterator[Sequence[Fill]]:
+    """Parts whose normals need no more memory of their own than there is to be."""
+    part: list[Fill] = []
+    scratch = 0
+    for fill in fills:
+        if fill.op == "orthogonal" and fill.tensor.itemsize == 2:
+            scratch += 4 * fill.items
+        if scratch > cuda_qr.MOST_MEMORY and part:
+            yield part
+            part, scratch = [], 4 * fill.items
+        part.append(fill)
+    yield part
 
 
 # ---- sparse_ -------------------------------------------------------------------------------------

@@ -20,7 +20,10 @@ def run(fills: Sequence[Fill], progress: bool | None = None) -> None:
             if group[0].device < 0:
                 cpu.run(group, bumps, progress)
             else:
-                cuda.Batch(group).run(bumps)
+                for part in cuda.within_memory(group):
+                    of_part: list[int] = []
+                    cuda.Batch(part).run(of_part)
+                    bumps += of_part
         finally:
             count_versions(group, bumps)
 
@@ -92,6 +95,8 @@ def prepare(fills: Sequence[Fill], kept: Sequence[Tensor]) -> Prepared | None:
     `kept`: other tensors that must not have moved either.
     """
     if len({f.device for f in fills}) != 1 or fills[0].device < 0:
+        return None
+    if any(f.op == "orthogonal" for f in fills):  # the memory they work in is not to be kept
         return None
     return Prepared(fills, kept)
 

@@ -349,7 +349,7 @@ def sparse(t: Tensor, std: object, zeros: int, generator: object) -> Fill | None
 def orthogonal(t: Tensor, gain: object, generator: object, count: int = 1) -> Fill | None:
     """`count` matrices of normals, drawn at once, and their orthogonal factors times gain."""
     fill = normal(t, 0.0, 1.0, generator)
-    if fill is None or fill.device >= 0 or not t.is_contiguous():
+    if fill is None or not t.is_contiguous():
         return None
     if type(gain) is not float and type(gain) is not int:
         return None

@@ -43,14 +43,15 @@ def proved(fill: plan.Fill | None) -> plan.Fill | None:
     if fill is None or fill.tensor.dtype not in plan.DTYPES:
         return None
     dtype, device = fill.tensor.dtype, fill.device
-    op = fill.op
+    op, drawn = fill.op, fill
     if op == "orthogonal":  # the factors are not torch's to the bit, what is factored is
         dtype = qr.gaussian_dtype(dtype)
-        op = "normal" if device >= 0 or fill.items >= 16 else "normal_pairs"
+        drawn = plan.normals_of(fill, plan.NO_TENSOR[dtype])
+        op = drawn.op
     if fill.rests_on and verdict(fill.rests_on, dtype, "contiguous", device) is None:
         return None
     layout = fill.layout
-    if device >= 0 and fill.generator is not None and len(cuda.pieces(fill)) > 1:
+    if device >= 0 and fill.generator is not None and len(cuda.pieces(drawn)) > 1:
         layout = "split"
     flavour = verdict(op, dtype, layout, device)
     if flavour is None:
@@ -260,8 +261,6 @@ def _explain(
         if op == "normal" and function != "orthogonal_" and device < 0:
             op = "normal_pairs"
     if function == "orthogonal_":
-        if device >= 0:
-            return "torch", "its normals are native in a plan or a block"
         dtype, layout = qr.gaussian_dtype(dtype), "contiguous"
     flavour = verdict(op, dtype, layout, device)
     if flavour is None and op == "trunc_normal" and device >= 0:
@@ -269,6 +268,8 @@ def _explain(
         flavour = verdict(op, dtype, layout, device)
     if flavour is None:
         return "torch", "bits differ from torch's here, or torch lacks the operator"
+    if device >= 0 and function == "orthogonal_":
+        return "native", "equal up to rounding"
     if device >= 0:
         return "native", f"equal bits{', by erfinv as torch before 2.12' * (op == 'trunc_erfinv')}"
     what = "equal up to rounding" if function == "orthogonal_" else "equal bits"

@@ -49,13 +49,13 @@ def gaussian_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def gaussian_of(fill: Fill) -> Tensor:
+def gaussian_of(fill: Fill, tensor: Tensor | None = None) -> Tensor:
     """Memory for the normals of an orthogonal fill; its own tensor if the dtype is right."""
-    dtype = fill.tensor.dtype
-    if dtype is gaussian_dtype(dtype):
-        return fill.tensor
+    own = fill.tensor if tensor is None else tensor
+    if own.dtype is gaussian_dtype(own.dtype):
+        return own
     with backend.undisturbed():
-        return torch.empty(fill.items, dtype=torch.float32, device=fill.tensor.device)
+        return torch.empty(fill.items, dtype=torch.float32, device=own.device)
 
 
 def job(fill: Fill, gaussian: int, out: int, kept: Tensor) -> Job:
@@ -66,17 +66,22 @@ def job(fill: Fill, gaussian: int, out: int, kept: Tensor) -> Job:
 def run(jobs: Sequence[Job], progress: bool | None = None) -> None:
     """Write the matrices. `progress`: show a bar; None: on a terminal, if it takes long."""
     total = sum(j.operations for j in jobs)
+    if total <= _BATCH * torch.get_num_threads():
+        _run(jobs, ())
+        return
     if progress is None:
         progress = sys.stderr.isatty()
     done, start, bar = 0.0, time.perf_counter(), None
-    batches = list(_batches(jobs, total))
+    batches = list(_batches(jobs))
     try:
         for i, batch in enumerate(batches):
             _run(batch, batches[i + 1 :])
             done += sum(j.operations for j in batch)
             expected = (time.perf_counter() - start) * total / done
             if progress and bar is None and expected > _SOON and done < total:
-                bar = _bar(sum(j.matrices for j in jobs), sum(j.matrices for b in batches[:i] for j in b))
+                bar = _bar(
+                    sum(j.matrices for j in jobs), sum(j.matrices for b in batches[:i] for j in b)
+                )
             if bar is not None:
                 bar.update(sum(j.matrices for j in batch))
     finally:
@@ -84,14 +89,10 @@ def run(jobs: Sequence[Job], progress: bool | None = None) -> None:
             bar.close()
 
 
-def _batches(jobs: Sequence[Job], total: float) -> Iterator[list[Job]]:
+def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
     """In order, each of so many operations, or of one matrix."""
-    most = _BATCH * torch.get_num_threads()
-    if total <= most:
-        yield list(jobs)
-        return
     batch: list[Job] = []
-    room = most
+    most = room = _BATCH * torch.get_num_threads()
     for j in jobs:
         each = j.operations / j.matrices
         first = 0

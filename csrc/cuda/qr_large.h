@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Steps for matrices of one shape that lie in working memory, column by column; the matrix products
+// between them are the host's. The reflectors of some columns are I - V T V', T upper triangular,
+// where T^-1 is V'V above the diagonal and 1 / tau on it.
+#pragma once
+
+#include "qr_small.h"
+
+namespace fastinit {
+namespace cuda {
+
+constexpr uint32_t kGramPitch = kMostPanel + 1;
+
+template <class T>
+FI_FN Matrix<T> working_matrix(const QrArguments& args, uint32_t number) {
+  const uint64_t size = uint64_t{args.n} * args.pitch;
+  return {global<T>(args.columns) + number * size, args.m, args.n, args.pitch};
+}
+
+// Where tile `number` of an m x n matrix starts.
+struct Corner {
+  uint32_t i, j;
+  FI_FN Corner(uint32_t m, uint32_t number) {
+    const uint32_t down = (m + kQrTile - 1) / kQrTile;
+    j = number / down * kQrTile;
+    i = number % down * kQrTile;
+  }
+};
+
+template <class T>
+using Tile = T[kQrTile][kQrTile + 1];  // the odd pitch keeps columns on different banks
+
+// Gaussian numbers to columns, zeros above the diagonal if they are packed.
+template <class T>
+FI_FN void pack(const Block& block, const QrArguments& args, uint32_t number, uint32_t tile_number,
+                void* shared) {
+  Tile<T>& tile = *static_cast<Tile<T>*>(shared);
+  const QrJob& job = job_of(args, number);
+  const Matrix<T> a = working_matrix<T>(args, number);
+  const Corner at(a.m, tile_number);
+  const uint32_t rows = block.threads() / kQrTile;
+  const bool direct = args.direct != 0, by_columns = job.rows < job.cols && !direct;
+  block.each([&](uint32_t t) {
+    const T* const from = global<const T>(job.from);
+    const uint32_t x = t % kQrTile;
+    for (uint32_t y = t / kQrTile; y < kQrTile; y += rows) {
+      const uint32_t i = by_columns ? x : y, j = by_columns ? y : x;
+      if (at.i + i >= a.m || at.j + j >= a.n) continue;
+      T value = 0;
+      if (!direct || at.i + i >= at.j + j) value = from[place(job, direct, at.i + i, at.j + j)];
+      tile[i][j] = value;
+    }
+  });
+  block.each([&](uint32_t t) {
+    const uint32_t i = t % kQrTile;
+    for (uint32_t j = t / kQrTile; j < kQrTile; j += rows) {
+      if (at.i + i < a.m && at.j + j < a.n) a.at(at.i + i, at.j + j) = tile[i][j];
+    }
+  });
+}
+
+// Columns to the result: sign, gain, transposition, rounding.
+template <class T>
+FI_FN void write(const Block& block, const QrArguments& args, uint32_t number, uint32_t tile_number,
+                 void* shared) {
+  Tile<T>& tile = *static_cast<Tile<T>*>(shared);
+  const QrJob& job = job_of(args, number);
+  const Matrix<T> a = working_matrix<T>(args, number);
+  const Corner at(a.m, tile_number);
+  const uint32_t rows = block.threads() / kQrTile;
+  const bool wide = job.rows < job.cols;
+  block.each([&](uint32_t t) {
+    const T* const sign = global<const T>(args.sign) + uint64_t{number} * a.n;
+    const T gain = static_cast<T>(job.gain);
+    const uint32_t i = t % kQrTile;
+    for (uint32_t j = t / kQrTile; j < kQrTile; j += rows) {
+      if (at.i + i >= a.m || at.j + j >= a.n) continue;
+      tile[i][j] = mul(mul(a.at(at.i + i, at.j + j), sign[at.j + j]), gain);
+    }
+  });
+  block.each([&](uint32_t t) {
+    const uint32_t x = t % kQrTile;
+    for (uint32_t y = t / kQrTile; y < kQrTile; y += rows) {
+      const uint32_t i = wide ? x : y, j = wide ? y : x;
+      if (at.i + i >= a.m || at.j + j >= a.n) continue;
+      store_result(job, place(job, false, at.i + i, at.j + j), tile[i][j]);
+    }
+  });
+}
+
+// Lengths and heads of the columns of a packed matrix, one for each warp.
+template <class T>
+FI_FN void reflect_columns(const Block& block, const QrArguments& args, uint32_t number,
+                           uint32_t part) {
+  const Matrix<T> a = working_matrix<T>(args, number);
+  const uint32_t first = part * (block.threads() / kWarp);
+  block.template sum<kWarp>(
+      [&](uint32_t t) {
+        const uint32_t j = first + t / kWarp;
+        return j < a.n ? squares_of(a, j, t % kWarp) : Sums<double, 1>();
+      },
+      [&](uint32_t t, const Sums<double, 1>& squares) {
+        const uint32_t j = first + t / kWarp;
+        if (t % kWarp != 0 || j >= a.n) return;
+        T tau, beta, head;
+        reflector(a.m - j, a.at(j, j), squares.x[0], &tau, &beta, &head);
+        a.at(j, j) = head;
+        global<T>(args.tau)[uint64_t{number} * a.n + j] = tau;
+        global<T>(args.sign)[uint64_t{number} * a.n + j] = sign_of(beta);
+      });
+}
+
+// T from V'V above the diagonal of `t`, in its place. Row i of an inverse needs nothing but itself:
+// thread i finds it alone, and keeps it below the diagonal, as column i. Sums are
+// double: with float's, Q was 5 % farther from orthogonal.
+template <class T>
+FI_FN void invert(const Block& block, T* triangle, uint32_t pitch, uint32_t n, const T* tau) {
+  block.each([&](uint32_t t) {
+    if (t < n) triangle[t * pitch + t] = tau[t];
+  });
+  block.each([&](uint32_t t) {
+    if (t >= n) return;
+    for (uint32_t j = t + 1; j < n; ++j) {
+      double sum = 0;
+      for (uint32_t l = t - t % kWarp; l < j; ++l) {  // together in a warp, whatever is its own
+        const double mine = l < t ? T(0) : triangle[l * pitch + t];
+        const double next = triangle[l * pitch + j];
+        sum = fma_of(mine, next, sum);
+      }
+      triangle[j * pitch + t] = -mul(tau[j], static_cast<T>(sum));
+    }
+  });
+}
+
+// What `invert` left, as a dense matrix with zeros below the diagonal.
+template <class T>
+FI_FN void write_triangle(const Block& block, const T* triangle, uint32_t pitch, uint32_t n,
+                          T* to) {
+  block.each([&](uint32_t t) {
+    for (uint32_t e = t; e < n * n; e += block.threads()) {
+      const uint32_t i = e / n, j = e - i * n;
+      to[e] = j < i ? T(0) : triangle[j * pitch + i];
+    }
+  });
+}
+
+// Reflectors of the panel of columns [first, first + width) and rows from `first` on, and their T.
+// `shared`: of QrState<T>, kMostPanel rows of V'V and, unless it streams, the panel.
+template <class T, bool streams>
+FI_FN void factor_panel(const Block& block, const QrArguments& args, uint32_t number,
+                        void* shared) {
+  constexpr uint32_t kLanes = 32, kOwn = 4;
+  QrState<T>* const s = static_cast<QrState<T>*>(shared);
+  T* const gram = reinterpret_cast<T*>(s + 1);
+  const Matrix<T> all = working_matrix<T>(args, number);
+  const uint32_t m = args.m - args.first, n = args.width;
+  T* const from = &all.at(args.first, args.first);
+  Matrix<T> a = {from, m, n, args.pitch};
+  if constexpr (!streams) {
+    a.a = gram + kMostPanel * kGramPitch;
+    a.pitch = m | 1;
+    block.each([&](uint32_t t) {
+      for (uint32_t j = 0; j < n; ++j) {
+        const T* const column = from + uint64_t{j} * args.pitch;
+        for (uint32_t i = t; i < m; i += block.threads()) a.at(i, j) = column[i];
+      }
+    });
+  }
+  factor<kLanes, kOwn>(block, a, s, gram, kGramPitch);
+  invert(block, gram, kGramPitch, n, s->tau);
+  write_triangle(block, gram, kGramPitch, n, global<T>(args.triangles) + uint64_t{number} * n * n);
+  block.each([&](uint32_t t) {
+    for (uint32_t j = 0; j < n; ++j) {
+      T* const column = from + uint64_t{j} * args.pitch;
+      for (uint32_t i = t; i < args.above + j; i += block.threads()) {
+        column[static_cast<int64_t>(i) - args.above] = 0;
+      }
+      if constexpr (!streams) {
+        for (uint32_t i = j + t; i < m; i += block.threads()) column[i] = a.at(i, j);
+      }
+    }
+    if (t < n) {
+      const uint64_t at = uint64_t{number} * args.n + args.first + t;
+      global<T>(args.tau)[at] = s->tau[t];
+      global<T>(args.sign)[at] = sign_of(s->beta[t]);
+    }
+  });
+}
+
+// T of a block of columns in the place of its V'V. `shared`: its width times one more.
+template <class T>
+FI_FN void make_triangle(const Block& block, const QrArguments& args, uint32_t number,
+                         uint32_t part, void* shared) {
+  T* const triangle = static_cast<T*>(shared);
+  const uint32_t most = args.width, first = (args.first + part) * most;
+  const uint32_t n = args.n - first < most ? args.n - first : most, pitch = most + 1;
+  T* const at = global<T>(args.triangles) + uint64_t{args.first + part} * args.jobs * most * most +
+                uint64_t{number} * n * n;
+  block.each([&](uint32_t t) {
+    for (uint32_t e = t; e < n * n; e += block.threads()) {
+      const uint32_t i = e / n, j = e - i * n;
+      triangle[i * pitch + j] = at[e];
+    }
+  });
+  invert(block, triangle, pitch, n, global<const T>(args.tau) + uint64_t{number} * args.n + first);
+  write_triangle(block, triangle, pitch, n, at);
+}
+
+}  // namespace cuda
+}  // namespace fastinit
