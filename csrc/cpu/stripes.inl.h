@@ -136,20 +136,21 @@ void update_and_sum(T* p, int64_t rows, int c, int next, const T* s, int j, doub
   for (; rows > 0; rows -= kChunk, p += kChunk * S) {
     const int64_t n = rows < kChunk ? rows : kChunk;
     Wide<T> low[4] = {}, high[4] = {};
-    for (int64_t i = 0; i < n; i += 4) {
-      for (int r = 0; r < 4; ++r) {
-        if (i + r >= n) break;
-        T* const row = p + (i + r) * S;
-        const Wide<T> x = wide(row[c]), y = nmad(x, s_next, wide(row[next]));
-        Wide<T> r0 = at(row + j), r1 = at(row + j + L);
-        if (kUpdate) {
-          at(row + j) = r0 = nmad(x, s0, r0);
-          at(row + j + L) = r1 = nmad(x, s1, r1);
-        }
-        low[r] = mad(y, r0, low[r]);
-        high[r] = mad(y, r1, high[r]);
+    const auto each = [&](T* row, Wide<T>& a, Wide<T>& b) __attribute__((always_inline)) {
+      const Wide<T> x = wide(row[c]), y = nmad(x, s_next, wide(row[next]));
+      Wide<T> r0 = at(row + j), r1 = at(row + j + L);
+      if (kUpdate) {
+        at(row + j) = r0 = nmad(x, s0, r0);
+        at(row + j + L) = r1 = nmad(x, s1, r1);
       }
+      a = mad(y, r0, a);
+      b = mad(y, r1, b);
+    };
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+      for (int r = 0; r < 4; ++r) each(p + (i + r) * S, low[r], high[r]);
     }
+    for (int r = 0; i + r < n; ++r) each(p + (i + r) * S, low[r], high[r]);
     const Wide<T> a = (low[0] + low[1]) + (low[2] + low[3]);
     const Wide<T> b = (high[0] + high[1]) + (high[2] + high[3]);
     for (int i = 0; i < L; ++i) sums[j + i] += static_cast<double>(a[i]);
@@ -278,6 +279,12 @@ struct Block {
   }
 };
 
+// As many elements as a stripe of doubles has columns.
+template <class From, class To>
+FI_INLINE void convert(const From* __restrict__ from, To* __restrict__ to) {
+  for (int i = 0; i < kStripe<double>; ++i) to[i] = static_cast<To>(from[i]);
+}
+
 // Factors a stripe of floats in double: sums of rounding errors in its columns, which become
 // reflectors for all the others, would be half of the error of the whole. `work`: see Shape.
 inline void factor_in_double(float* p, int64_t rows, int columns, float* t, float* signs,
@@ -286,10 +293,10 @@ inline void factor_in_double(float* p, int64_t rows, int columns, float* t, floa
   const int64_t padded = (rows + 7) / 8 * 8, stride = padded * S;
   double* const made = work + kParts * stride;
   Block<double> block{work, stride, made, kAll, padded, 0, made + kAll * kAll};
-  for (int64_t i = 0; i < padded; ++i) {
-    for (int c = 0; c < kAll; ++c) {
-      work[c / S * stride + i * S + c % S] = i < rows ? static_cast<double>(p[i * kAll + c]) : 0;
-    }
+  for (int q = 0; q < kParts; ++q) {
+    double* const to = work + q * stride;
+    for (int64_t i = 0; i < rows; ++i) convert(p + i * kAll + q * S, to + i * S);
+    memset(to + rows * S, 0, sizeof(double) * static_cast<size_t>(padded - rows) * S);
   }
   double sign[kAll] = {};
   alignas(64) double own[S * S];
@@ -301,16 +308,10 @@ inline void factor_in_double(float* p, int64_t rows, int columns, float* t, floa
     block.append(q, own);
     block.columns = std::min(columns, (q + 1) * S);
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int c = 0; c < kAll; ++c) {
-      p[i * kAll + c] = static_cast<float>(work[c / S * stride + i * S + c % S]);
-    }
+  memset(t, 0, sizeof(float) * kAll * kAll);
+  for (int q = 0; q * S < columns; ++q) {
+    for (int64_t i = 0; i < rows; ++i) convert(work + q * stride + i * S, p + i * kAll + q * S);
+    for (int i = 0; i < kAll; ++i) convert(made + (q * kAll + i) * S, t + i * kAll + q * S);
   }
-  for (int i = 0; i < kAll; ++i) {
-    for (int c = 0; c < kAll; ++c) {
-      const bool set = c / S * S < columns && i < kAll;
-      t[i * kAll + c] = set ? static_cast<float>(made[(c / S * kAll + i) * S + c % S]) : 0;
-    }
-    if (i < columns) signs[i] = static_cast<float>(sign[i]);
-  }
+  for (int i = 0; i < columns; ++i) signs[i] = static_cast<float>(sign[i]);
 }

@@ -398,7 +398,7 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
     """
     if not (_is_large(tensor, 0) and tensor.dim() >= 2):
         return _pass_on(_torch.orthogonal_, tensor, gain, generator)
-    if _run(plan.orthogonal(tensor, gain, generator)):
+    if _run(plan.orthogonal(tensor, gain, generator, tensor.shape[0])):
         return tensor
     native = plan.accepts(tensor) and plan.device_of(tensor) < 0
     return _pass_on(_orthogonal if native else _torch.orthogonal_, tensor, gain, generator)
@@ -426,7 +426,7 @@ def orthogonal_batched_(
         raise ValueError("Only tensors with 2 or more dimensions are supported")
     if _is_large(tensor, 0):
         count = tensor.numel() // (tensor.shape[-2] * tensor.shape[-1])
-        if _run(plan.orthogonal(tensor, gain, generator, count)):
+        if _run(plan.orthogonal(tensor, gain, generator, tensor.shape[-2], count)):
             return tensor
     if tensor.numel() == 0 or tensor.is_meta:
         return tensor

@@ -346,7 +346,9 @@ def sparse(t: Tensor, std: object, zeros: int, generator: object) -> Fill | None
     return fill
 
 
-def orthogonal(t: Tensor, gain: object, generator: object, count: int = 1) -> Fill | None:
+def orthogonal(
+    t: Tensor, gain: object, generator: object, rows: int, count: int = 1
+) -> Fill | None:
     """`count` matrices of normals, drawn at once, and their orthogonal factors times gain."""
     fill = normal(t, 0.0, 1.0, generator)
     if fill is None or not t.is_contiguous():
@@ -357,7 +359,6 @@ def orthogonal(t: Tensor, gain: object, generator: object, count: int = 1) -> Fi
         fill.scale = float(gain)
     except OverflowError:  # as torch reports it
         return None
-    rows = t.shape[0] if count == 1 else t.shape[-2]
     fill.op, fill.bumps, fill.rank = "orthogonal", 2, 0
     fill.shape = (rows, fill.items // count // rows, count, 0, 0, 0, 0, 0)
     return fill

@@ -178,6 +178,13 @@ def write_haar_(tensor: Tensor, gaussian: Tensor, gain: float = 1.0) -> Tensor:
             min(i + 1, n); float64 for float64, otherwise float32
         gain: scaling factor
     """
+    run([haar_job(tensor, gaussian, gain)])
+    torch.autograd.graph.increment_version(tensor)
+    return tensor
+
+
+def haar_job(tensor: Tensor, gaussian: Tensor, gain: float) -> Job:
+    """See `write_haar_`."""
     rows, cols = tensor.shape[-2:]
     count = tensor.numel() // (rows * cols)
     need = count * packed_items(max(rows, cols), min(rows, cols))
@@ -185,6 +192,4 @@ def write_haar_(tensor: Tensor, gaussian: Tensor, gain: float = 1.0) -> Tensor:
     if not (right and tensor.is_contiguous() and gaussian.is_contiguous() and tensor.is_cpu):
         raise ValueError(f"write_haar_ needs {need} packed normals, and contiguous CPU tensors")
     source, out = plan.address_of(gaussian), plan.address_of(tensor)
-    run([Job(source, out, rows, cols, count, gain, tensor.dtype, True, gaussian)])
-    torch.autograd.graph.increment_version(tensor)
-    return tensor
+    return Job(source, out, rows, cols, count, gain, tensor.dtype, True, gaussian)
