@@ -43,12 +43,14 @@ inline bool is_wide(const MatrixDesc& d) {
 struct Shape {
   int64_t m, n, padded, stripes, blocks;  // padded: rows, as the tiles of products need them
   int per_block, stripe;                  // stripes of a block, columns of a stripe
+  bool wide;                              // in double
 
   explicit Shape(const MatrixDesc& d)
       : m(d.rows < d.cols ? d.cols : d.rows),
         n(d.rows < d.cols ? d.rows : d.cols),
         padded((m + 7) / 8 * 8),
-        stripe(kStripeBytes / (is_wide(d) ? 8 : 4)) {
+        stripe(kStripeBytes / (is_wide(d) ? 8 : 4)),
+        wide(is_wide(d)) {
     stripes = (n + stripe - 1) / stripe;
     // Deeper products are faster, until factoring a block in one thread is what takes the time.
     per_block = stripes <= 16 ? 1 : stripes <= 32 ? 2 : kBlock;
@@ -67,7 +69,9 @@ struct Shape {
   int64_t t_at() const { return copy_at() + per_block * stripe_items(); }
   int64_t signs_at() const { return t_at() + blocks * t_items(); }
   int64_t panel_at() const { return signs_at() + stripes * stripe; }
-  int64_t panel_items() const { return 2 * (padded * 32 + 32 * 32 + 3 * 32 * 16); }  // doubles
+  int64_t panel_items() const {  // a stripe of floats in double, and its T
+    return wide ? 0 : 2 * (padded * 32 + 32 * 32 + 3 * 32 * 16);
+  }
   int64_t scratch_at(int worker) const {
     return panel_at() + panel_items() + worker * scratch_items();
   }

@@ -280,9 +280,12 @@ struct Block {
 };
 
 // As many elements as a stripe of doubles has columns.
-template <class From, class To>
-FI_INLINE void convert(const From* __restrict__ from, To* __restrict__ to) {
-  for (int i = 0; i < kStripe<double>; ++i) to[i] = static_cast<To>(from[i]);
+FI_INLINE void widen(const float* __restrict__ from, double* __restrict__ to) {
+  for (int i = 0; i < kStripe<double>; ++i) to[i] = static_cast<double>(from[i]);
+}
+FI_INLINE void narrow(const double* __restrict__ from, const double* scale,
+                      float* __restrict__ to) {
+  for (int i = 0; i < kStripe<double>; ++i) to[i] = static_cast<float>(from[i] * scale[i]);
 }
 
 // Factors a stripe of floats in double: sums of rounding errors in its columns, which become
@@ -295,7 +298,7 @@ inline void factor_in_double(float* p, int64_t rows, int columns, float* t, floa
   Block<double> block{work, stride, made, kAll, padded, 0, made + kAll * kAll};
   for (int q = 0; q < kParts; ++q) {
     double* const to = work + q * stride;
-    for (int64_t i = 0; i < rows; ++i) convert(p + i * kAll + q * S, to + i * S);
+    for (int64_t i = 0; i < rows; ++i) widen(p + i * kAll + q * S, to + i * S);
     memset(to + rows * S, 0, sizeof(double) * static_cast<size_t>(padded - rows) * S);
   }
   double sign[kAll] = {};
@@ -308,10 +311,21 @@ inline void factor_in_double(float* p, int64_t rows, int columns, float* t, floa
     block.append(q, own);
     block.columns = std::min(columns, (q + 1) * S);
   }
+  // Scaled to tau = 1, so that floats can hold V and T of a matrix of any scale.
+  double scale[kAll] = {}, inverse[kAll] = {};
+  for (int i = 0; i < columns; ++i) {
+    scale[i] = std::sqrt(made[(i / S * kAll + i) * S + i % S]);
+    inverse[i] = scale[i] == 0 ? 0 : 1 / scale[i];
+  }
   memset(t, 0, sizeof(float) * kAll * kAll);
   for (int q = 0; q * S < columns; ++q) {
-    for (int64_t i = 0; i < rows; ++i) convert(work + q * stride + i * S, p + i * kAll + q * S);
-    for (int i = 0; i < kAll; ++i) convert(made + (q * kAll + i) * S, t + i * kAll + q * S);
+    const double* const v = work + q * stride;
+    for (int64_t i = 0; i < rows; ++i) narrow(v + i * S, scale + q * S, p + i * kAll + q * S);
+    for (int i = 0; i < columns; ++i) {
+      double* const row = made + (q * kAll + i) * S;
+      for (int j = 0; j < S; ++j) row[j] *= inverse[i];
+      narrow(row, inverse + q * S, t + i * kAll + q * S);
+    }
   }
   for (int i = 0; i < columns; ++i) signs[i] = static_cast<float>(sign[i]);
 }

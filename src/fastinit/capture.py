@@ -454,10 +454,13 @@ class Capture(Mode):
             return
         memory = self._pending.get(plan.storage_id(tensor))
         if memory is None or (overwrites and _is_all(tensor)):
-            with torch._C._DisableTorchDispatch():
-                function()
-            if memory is not None:
-                self._forget(memory)
+            version = 0 if memory is None else tensor._version
+            try:
+                with torch._C._DisableTorchDispatch():
+                    function()
+            finally:  # it may fail before or after it has written
+                if memory is not None and tensor._version != version:
+                    self._forget(memory)
         else:
             function()
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -42,17 +42,17 @@ def _pack(fill: Fill, address: int, word: int, src: int, cached: bool) -> bytes:
     )  # fmt: skip
 
 
+_Do = Callable[[bytes, list[int], list[qr.Job]], None]  # packed fills, words drawn, matrices
+
+
 class _Stage:
     """Fills that touch different memory and whose words are known: one native call."""
 
     def __init__(
-        self,
-        states: list[source.State],
-        index: dict[int, int],
-        alone: bool,
-        progress: bool | None,
+        self, states: list[source.State], index: dict[int, int], alone: bool, do: _Do
     ) -> None:
-        self._states, self._index, self._alone, self._progress = states, index, alone, progress
+        """`states` may be missing if `is_known` of all fills. `do` gets each stage."""
+        self._states, self._index, self._alone, self._do = states, index, alone, do
         self._begin()
 
     def _begin(self) -> None:
@@ -60,9 +60,9 @@ class _Stage:
         self._jobs: list[qr.Job] = []  # with what is packed as their normals
         self._scratch = 0  # bytes of normals elsewhere than in their tensors
         self._room = plan.Room()
-        self._words = [0] * len(self._states)
+        self._words = [0] * len(self._index)
         self._cached = [s.has_cached_normal for s in self._states]
-        self._made_cached = [False] * len(self._states)  # in this stage: its value is not known yet
+        self._made_cached = [False] * len(self._index)  # in this stage: its value is not known yet
 
     def add(self, fill: Fill) -> int:
         """How many times the tensor's version goes up."""
@@ -116,26 +116,71 @@ class _Stage:
 
     def flush(self) -> None:
         packed = b"".join(p for p in self._packed if p is not None)
-        if packed or any(self._words):
-            backend.run(packed, [s.address for s in self._states], self._words)
-        if self._jobs:
-            qr.run(self._jobs, self._progress)
+        if packed or any(self._words) or self._jobs:
+            self._do(packed, self._words, self._jobs)
         self._begin()
 
 
 def run(fills: Sequence[Fill], bumps: list[int], progress: bool | None = None) -> None:
     """Do the fills as if torch had done them one by one; `bumps`: of the tensors' versions."""
-    generators = {source.key_of(f.generator): f.generator for f in fills if f.generator is not None}
-    index = {key: i for i, key in enumerate(generators)}
+    generators, index = _generators(fills)
 
     def work(states: list[source.State]) -> None:
+        def do(packed: bytes, words: list[int], jobs: list[qr.Job]) -> None:
+            _run(states, packed, words, jobs, progress)
+
         bumps.clear()
-        stage = _Stage(states, index, len(fills) == 1, progress)
+        stage = _Stage(states, index, len(fills) == 1, do)
         for fill in fills:
             bumps.append(stage.add(fill))
         stage.flush()
 
-    source.draw(list(generators.values()), work)
+    source.draw(generators, work)
+
+
+def _generators(fills: Sequence[Fill]) -> tuple[list[torch.Generator], dict[int, int]]:
+    """All that they draw from, and the place of each, by key."""
+    found = {source.key_of(f.generator): f.generator for f in fills if f.generator is not None}
+    return list(found.values()), {key: i for i, key in enumerate(found)}
+
+
+def _run(
+    states: list[source.State],
+    packed: bytes,
+    words: list[int],
+    jobs: list[qr.Job],
+    progress: bool | None,
+) -> None:
+    backend.run(packed, [s.address for s in states], words)
+    if jobs:
+        qr.run(jobs, progress)
+
+
+def is_known(fill: Fill) -> bool:
+    """Whether what it draws does not depend on values, nor needs memory that is not its own."""
+    if fill.op == "orthogonal":
+        return fill.items >= 16 and qr.gaussian_dtype(fill.tensor.dtype) is fill.tensor.dtype
+    return fill.op not in ("normal_pairs", "trunc_normal")
+
+
+class Batch:
+    """Fills that are all `is_known`, packed once to run again and again."""
+
+    def __init__(self, fills: Sequence[Fill]) -> None:
+        self._stages: list[tuple[bytes, list[int], list[qr.Job]]] = []
+        self._generators, index = _generators(fills)
+        stage = _Stage([], index, len(fills) == 1, lambda *what: self._stages.append(what))
+        bumps = [stage.add(fill) for fill in fills]
+        stage.flush()
+        self.written = [f.tensor for f, times in zip(fills, bumps) for _ in range(times)]
+
+    def run(self, progress: bool | None) -> None:
+        def work(states: list[source.State]) -> None:
+            for stage in self._stages:
+                _run(states, *stage, progress)
+
+        source.draw(self._generators, work)
+        torch.autograd.graph.increment_version(self.written)
 
 
 def draw_ahead(fill: Fill, scratch: torch.Tensor) -> torch.Tensor:

@@ -101,6 +101,16 @@ def prepare(fills: Sequence[Fill], kept: Sequence[Tensor]) -> Prepared | None:
     return Prepared(fills, kept)
 
 
+def pack(fills: Sequence[Fill]) -> cpu.Batch | None:
+    """What does the same again at little cost, if all fills are on the CPU and their words known.
+
+    Only as long as their extents stay what they are.
+    """
+    if not fills or any(f.device >= 0 or not cpu.is_known(f) for f in fills):
+        return None
+    return cpu.Batch(fills)
+
+
 def ask_ahead(fill: Fill, scratch: torch.Tensor) -> None:
     """Move its generator on as if it had been filled, and note what `run_ahead` will need.
 

@@ -12,6 +12,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 from torch.nn import init as _torch_init
 
-from fastinit import execute, plan, probe, qr, source
+from fastinit import backend, execute, plan, probe, qr, source
 
 # fmt: off
 __all__ = [  # torch's order; older torch.nn.init has no such list
@@ -83,7 +84,7 @@ def _pass_on(function: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Ten
         with source.default_lock if generator is None else source.lock_of(generator):
             return function(tensor, *args)
     call = functools.partial(function, tensor, *args)
-    overwrites = function is _orthogonal or function is _torch.orthogonal_
+    overwrites = function in (_orthogonal, _orthogonal_batched, _torch.orthogonal_)
     recorder.call(call, tensor, overwrites)
     return tensor
 
@@ -400,7 +401,7 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
         return _pass_on(_torch.orthogonal_, tensor, gain, generator)
     if _run(plan.orthogonal(tensor, gain, generator, tensor.shape[0])):
         return tensor
-    native = plan.accepts(tensor) and plan.device_of(tensor) < 0
+    native = plan.accepts(tensor, inference=True) and plan.device_of(tensor) < 0
     return _pass_on(_orthogonal if native else _torch.orthogonal_, tensor, gain, generator)
 
 
@@ -422,14 +423,17 @@ def orthogonal_batched_(
         ValueError: fewer than two dimensions.
         RuntimeError: other dtypes.
     """
-    if isinstance(tensor, Tensor) and tensor.dim() < 2:
+    if tensor.dim() < 2:
         raise ValueError("Only tensors with 2 or more dimensions are supported")
-    if _is_large(tensor, 0):
-        count = tensor.numel() // (tensor.shape[-2] * tensor.shape[-1])
-        if _run(plan.orthogonal(tensor, gain, generator, tensor.shape[-2], count)):
-            return tensor
     if tensor.numel() == 0 or tensor.is_meta:
         return tensor
+    if tensor.dtype not in plan.DTYPES:
+        return _pass_on(_torch.orthogonal_, tensor, gain, generator)  # says what is wrong
+    if _is_large(tensor, 0):
+        rows, cols = tensor.shape[-2:]
+        count = tensor.numel() // (rows * cols)
+        if _run(plan.orthogonal(tensor, gain, generator, rows, count)):
+            return tensor
     return _pass_on(_orthogonal_batched, tensor, gain, generator)
 
 
@@ -437,39 +441,33 @@ def _orthogonal(tensor: Tensor, gain: float, generator: Generator | None) -> Ten
     """For what is no plain memory to write to: in memory of its own, and copied."""
     rows = tensor.shape[0]
     with torch.no_grad():
-        flat = _normals(tensor, (rows, tensor.numel() // rows), generator)
-        number = type(gain) in (int, float)
-        qr.factor_(flat, gain if number else 1.0)
-        tensor.view_as(flat).copy_(flat)
-        if number:
-            torch.autograd.graph.increment_version(tensor)
-        else:
-            tensor.mul_(gain)
-    return tensor
+        q, rest = _factor((rows, tensor.numel() // rows), tensor, gain, generator)
+        tensor.view_as(q).copy_(q)
+        return tensor.mul_(rest)  # torch counts two versions
 
 
 def _orthogonal_batched(tensor: Tensor, gain: float, generator: Generator | None) -> Tensor:
-    """The same for a batch; by torch's operators where there is no memory of the CPU's."""
     with torch.no_grad():
-        drawn = _normals(tensor, tensor.shape, generator)
-        if drawn.is_cpu and type(drawn) is Tensor and drawn.dtype in plan.DTYPES:
-            qr.factor_(drawn, 1.0)
-        else:
-            wide = drawn.shape[-2] < drawn.shape[-1]
-            q, r = torch.linalg.qr(drawn.mT if wide else drawn)
-            q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-            drawn = q.mT if wide else q
-        tensor.copy_(drawn)
-        return tensor.mul_(gain)
+        q, rest = _factor(tensor.shape, tensor, gain, generator)
+        return tensor.copy_(q).mul_(rest)
 
 
-def _normals(tensor: Tensor, shape: Sequence[int], generator: Generator | None) -> Tensor:
-    drawn = tensor.new_empty(shape, dtype=qr.gaussian_dtype(tensor.dtype))
-    normal_(drawn, 0.0, 1.0, generator)
-    recorder = plan.this_thread.recorder
-    if recorder is not None:
-        recorder.read(drawn, "orthogonal_")
-    return drawn
+def _factor(
+    shape: Sequence[int], like: Tensor, gain: float, generator: Generator | None
+) -> tuple[Tensor, float]:
+    """Matrices of such a shape, and what they have still to be multiplied by."""
+    plain = type(like) in _PLAIN and like.is_cpu
+    with backend.undisturbed() if plain else nullcontext():  # so that nothing waits
+        drawn = like.new_empty(shape, dtype=qr.gaussian_dtype(like.dtype))
+        normal_(drawn, 0.0, 1.0, generator)
+        if plain:
+            number = plan.gain_of(gain)
+            qr.factor_(drawn, 1.0 if number is None else number)
+            return drawn, gain if number is None else 1.0
+    wide = drawn.shape[-2] < drawn.shape[-1]
+    q, r = torch.linalg.qr(drawn.mT if wide else drawn)
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return q.mT if wide else q, gain
 
 
 def sparse_(

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from fastinit import block, execute, hooks, init, plan, probe, source
+from fastinit import block, cpu, execute, hooks, init, plan, probe, source
 from fastinit.capture import Capture
 from fastinit.mode import Mode
 from fastinit.operators import (
@@ -56,7 +56,8 @@ class Plan:
     def __init__(self) -> None:
         self._steps: list[list[plan.Fill] | Callable[[], object]] = []  # one for each call
         self._places: list[tuple[Tensor, tuple[object, ...]]] = []  # of what must not move
-        self._prepared: execute.Prepared | None = None
+        self._prepared: execute.Prepared | None = None  # on one GPU
+        self._packed: cpu.Batch | None = None  # on the CPU
         self._on_gpu = False
 
     def takes(self, t: Tensor) -> bool:
@@ -67,16 +68,13 @@ class Plan:
             fill.extent = plan.extent(fill)
             self._on_gpu |= fill.device >= 0
         self._steps.append(fills)
-        self._prepared = None
+        self._prepared = self._packed = None
 
     def call(
         self, function: functools.partial[Any], tensor: Tensor, overwrites: bool = False
     ) -> None:
         self._steps.append(function)
-        self._prepared = None
-
-    def read(self, t: Tensor, how: str) -> None:
-        """Nothing is read while it is recorded."""
+        self._prepared = self._packed = None
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Raise in `run` if one of these has moved, though only views of them were recorded."""
@@ -128,10 +126,13 @@ class Plan:
                 raise RuntimeError(_MOVED)
             else:
                 fills += step
-        if calls == 0:
+        if calls == 0 and self._packed is None:
             self._prepared = execute.prepare(fills, [t for t, _ in self._places])
+            self._packed = execute.pack(fills)
         if self._prepared is not None:
             self._prepared.run()
+        elif self._packed is not None:
+            self._packed.run(progress)
         else:
             execute.run(fills, progress)
 
@@ -142,6 +143,7 @@ class Plan:
 
         def record(*args: Any, **kwargs: Any) -> Tensor:
             before = plan.set_recorder(self)
+            self.modes = 0 if before is None else before.modes  # of a block around it
             try:
                 return function(*args, **kwargs)  # type: ignore[no-any-return]
             finally:

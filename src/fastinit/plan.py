@@ -13,6 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -93,7 +94,6 @@ class Recorder(Protocol):
     def add(self, fills: list[Fill]) -> None: ...
     # `overwrites`: all of the tensor
     def call(self, function: partial[Any], tensor: Tensor, overwrites: bool) -> None: ...
-    def read(self, t: Tensor, how: str) -> None: ...  # its values are about to be used
 
 
 class _Local(threading.local):
@@ -122,13 +122,17 @@ def modes_allow() -> bool:
     )
 
 
-def accepts(t: Tensor) -> bool:
-    """Plain memory that torch.nn.init would write without a word about it."""
+def accepts(t: Tensor, inference: bool = False) -> bool:
+    """Plain memory that torch.nn.init would write without a word about it.
+
+    `inference`: tensors of inference mode, whose versions nobody counts, are as good as others.
+    """
     return (
         t.dtype in DTYPES
         and is_here(t)
         and t.layout is torch.strided
-        and not (t.is_nested or t.is_neg() or t.is_inference() or t._is_zerotensor())
+        and not (t.is_nested or t.is_neg() or t._is_zerotensor())
+        and (inference or not t.is_inference())
         and not torch._is_functional_tensor(t)
         and address_of(t) != 0  # of a storage that was given back
     )
@@ -353,15 +357,19 @@ def orthogonal(
     fill = normal(t, 0.0, 1.0, generator)
     if fill is None or not t.is_contiguous():
         return None
-    if type(gain) is not float and type(gain) is not int:
+    scale = gain_of(gain)
+    if scale is None:
         return None
-    try:
-        fill.scale = float(gain)
-    except OverflowError:  # as torch reports it
-        return None
-    fill.op, fill.bumps, fill.rank = "orthogonal", 2, 0
+    fill.op, fill.scale, fill.bumps, fill.rank = "orthogonal", scale, 2, 0
     fill.shape = (rows, fill.items // count // rows, count, 0, 0, 0, 0, 0)
     return fill
+
+
+def gain_of(gain: object) -> float | None:
+    """A number, also one of numpy's, that torch multiplies with."""
+    if isinstance(gain, int) and not -(1 << 63) <= gain < 1 << 64:
+        return None  # torch refuses it
+    return float(gain) if isinstance(gain, Real) else None
 
 
 def normals_of(fill: Fill, t: Tensor) -> Fill:
