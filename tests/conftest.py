@@ -23,6 +23,7 @@ import torch
 import torch.nn.init as torch_init
 
 import fastinit
+from fastinit import cuda_qr
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
@@ -66,8 +67,11 @@ def use_own_factors(monkeypatch: pytest.MonkeyPatch) -> None:
             return factor(a, *args)
         wide = not a.is_contiguous()  # torch has transposed it
         q = (a.t() if wide else a) * 1  # is read, whoever watches
-        fastinit.qr.factor_(q, 1.0)
-        return q.t() if wide else q, torch.eye(a.shape[1], dtype=a.dtype)
+        if q.is_cuda:
+            cuda_qr.orthonormalize([cuda_qr.Job(q, q, *q.shape, 1.0)])
+        else:
+            fastinit.qr.factor_(q, 1.0)
+        return q.t() if wide else q, torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
 
     monkeypatch.setattr(torch.linalg, "qr", qr_of)
 

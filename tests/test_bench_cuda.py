@@ -60,6 +60,8 @@ def sim(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]:
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(bench_cuda, "_DEVICE", "cpu")
         monkeypatch.setattr(bench_cuda, "_LARGE", 1 << 10)
+        matrices = (("orthogonal_", 3, 150, "4 x", ""), ("orthogonal_", 5, 20, "", ""))
+        monkeypatch.setattr(bench_cuda, "_MATRICES", matrices)
         monkeypatch.setattr(backend, "_cuda", SimpleNamespace(COMPILER="nvcc 0"))
         small = ("a model", lambda: nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7)))
         rule = bench_cuda._normal_rule
@@ -82,7 +84,7 @@ def test_table_and_file(
     assert (written["gpu"], written["commit"]) == ("no GPU", "abc1234")
     assert written["failed"] == []
     cases = [row["case"] for row in written["rows"]]
-    assert len(cases) == len(bench_cuda._LAWS) + 3
+    assert len(cases) == len(bench_cuda._LAWS) + 2 * 2 + 3
     assert all(f"| {case} |" in shown for case in cases)
     assert all(row["fastinit_s"] > 0 for row in written["rows"])
     assert written["rows"][-1]["torch_s"] is None

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import fastinit
 from fastinit import qr
 
 from .qr_model import drawn
-
-stats = pytest.importorskip("scipy.stats")
 
 LEAST = 1e-5  # a probability that some of a hundred checks may well have
 F32, F64 = torch.float32, torch.float64

@@ -49,4 +49,4 @@ __all__ = [  # torch's own come first
     *("Plan", "Report", "fused", "init_model_", "install", "installed", "materialize_", "record"),
     *("orthogonal_batched_", "uninstall"),
 ]
-__version__ = "0.3.0"
+__version__ = "0.4.0"

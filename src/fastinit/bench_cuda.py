@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import fastinit
-from fastinit import backend, bench, execute, plan, probe
+from fastinit import backend, bench, cuda_qr, execute, plan, probe, qr
 
 _LARGE = 1 << 28  # elements
 _DEVICE = "cuda"
@@ -145,6 +145,44 @@ def _large(law: str, dtype: torch.dtype, goal: str) -> Row:
     _check(name, [t], ways)
     timed = _by_events(ways)
     return Row(name, timed["torch"], timed["fastinit"], _roof([t]), goal)
+
+
+# ---- matrices ------------------------------------------------------------------------------------
+
+_MATRICES = (("orthogonal_", 32, 4096, "4 x", "10 x"), ("orthogonal_", 8192, 64, "100 x", ""))
+
+
+def _orthogonal(law: str, count: int, n: int, goal: str, direct_goal: str) -> list[Row]:
+    """One of torch's after the other; a batch; and the same law without factoring."""
+    t = torch.empty(count, n, n, device=_DEVICE)
+    normals = torch.empty(count, qr.packed_items(n, n), device=_DEVICE)
+    jobs = [cuda_qr.Job(normals[i], t[i], n, n, 1.0) for i in range(count)]
+
+    def theirs() -> None:
+        for matrix in t:
+            torch.nn.init.orthogonal_(matrix)
+
+    def direct() -> None:
+        fastinit.normal_(normals)
+        cuda_qr.orthonormalize(jobs, direct=True)
+
+    ways: Ways = {
+        "torch": theirs,
+        "factored": lambda: fastinit.orthogonal_batched_(t),
+        "direct": direct,
+    }
+    for name, run in ways.items():
+        run()
+        q = t[-1].double()
+        off = torch.linalg.matrix_norm(q.mT @ q - torch.eye(n, dtype=q.dtype, device=_DEVICE))
+        if not off <= 1e-5 * n**0.5:
+            raise AssertionError(f"{law} by {name}: {off:.1e} from orthogonal")
+    timed = _by_events(ways, rounds=3)
+    case = f"{law} {count} of {n} x {n}"
+    return [
+        Row(case, timed["torch"], timed["factored"], None, goal),
+        Row(f"{case}, Haar without factoring", timed["torch"], timed["direct"], None, direct_goal),
+    ]
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -272,6 +310,7 @@ def main(selected: str = "", path: str | None = None) -> int:
     failed: list[str] = []
     cases: list[tuple[str, Callable[[], list[Row]]]] = [
         *((f"{x[0]} {x[1]}", lambda x=x: [_large(*x)]) for x in _LAWS),
+        *((f"{x[0]} {x[1]}", lambda x=x: _orthogonal(*x)) for x in _MATRICES),
         *((x[0], lambda x=x: _model(*x)) for x in _MODELS),
     ]
     for name, run in cases:
