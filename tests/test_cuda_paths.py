@@ -1128,6 +1128,20 @@ def test_orthogonal_in_a_block(sim: Simulation) -> None:
     assert report.dropped_elements == 120
 
 
+def test_memory_for_normals_in_a_block(sim: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16-bit matrices are written by parts, other fills with them."""
+    monkeypatch.setattr(cuda_qr, "MOST_MEMORY", 4 * 2000)
+    expected = Torch(sim)
+    with fastinit.fused():
+        made = [fastinit.orthogonal_(torch.empty(30, 30, dtype=BF16)) for _ in range(5)]
+        b = torch.empty(20_000).normal_()
+    for t in made:
+        expected.orthogonal_(t)
+    expected.normal_(b)
+    expected.check()
+    assert fills_of(sim.launches) == [2, 2, 2]
+
+
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 def test_orthogonal_in_a_plan(
     dtype: torch.dtype, sim: Simulation, monkeypatch: pytest.MonkeyPatch

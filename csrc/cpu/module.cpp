@@ -80,6 +80,7 @@ uint64_t run_truncated(const py::bytes& packed, uint64_t state, int threads) {
 // `written` gets one byte per matrix. Not all are if a signal handler raises.
 void orthonormalize_all(const py::bytes& packed, const py::buffer& written, int threads) {
   const std::string_view data = packed;
+  if (data.size() % sizeof(MatrixDesc) != 0) throw py::value_error("not packed matrices");
   const py::buffer_info done = written.request(true);
   std::vector<MatrixDesc> matrices;
   for (size_t at = 0; at + sizeof(MatrixDesc) <= data.size(); at += sizeof(MatrixDesc)) {

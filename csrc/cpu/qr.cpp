@@ -23,7 +23,7 @@ namespace {
 constexpr double kRate = 30;            // operations per ns and thread, to divide work by
 constexpr double kOverhead = 20e3;      // operations that a small matrix costs besides
 constexpr int64_t kCanShare = 1 << 16;  // elements that are enough for several threads,
-constexpr int64_t kShared = 1 << 20;    // and for all of them: what one works in would be large
+constexpr uint64_t kShared = 8 << 20;   // bytes to work in that are too many for each thread
 constexpr uint64_t kHugePage = 2 << 20;
 
 struct Free {
@@ -42,6 +42,7 @@ std::unique_ptr<void, Free> allocate(uint64_t bytes) {
 }
 
 uint64_t bytes_of(const MatrixDesc& d, int workers) {
+  if (d.rows == 1 || d.cols == 1) return 1;
   return static_cast<uint64_t>(Shape(d).items(workers)) * (is_wide(d) ? 8 : 4);
 }
 
@@ -49,23 +50,25 @@ double cost_of(const MatrixDesc& d) { return Shape(d).flops() + kOverhead; }
 
 // `share`: the work of a thread. Matrices of half of it or more could not be divided evenly.
 bool is_shared(const MatrixDesc& d, double share) {
-  const int64_t items = d.rows * d.cols;
-  return items >= kShared || (items >= kCanShare && cost_of(d) >= share / 2);
+  const bool can = d.rows * d.cols >= kCanShare;
+  return can && (bytes_of(d, 1) >= kShared || cost_of(d) >= share / 2);
 }
 
-// Calls body(worker, workers) in each of them; fewer than asked for if there are no more threads.
+// Calls body(team, worker) in each of them, which must not throw; fewer than asked for if there are
+// no more threads.
 template <class Body>
-void as_team(int threads, const Body& body) {
-  std::promise<int> started;
-  const std::shared_future<int> workers = started.get_future().share();
+void as_team(int threads, Interrupt* interrupt, const Body& body) {
   std::vector<std::thread> others;
   others.reserve(static_cast<size_t>(threads));
+  std::promise<Team*> started;
+  const std::shared_future<Team*> team = started.get_future().share();
   try {
-    for (int i = 1; i < threads; ++i) others.emplace_back([&, i] { body(i, workers.get()); });
-  } catch (const std::system_error&) {
+    for (int i = 1; i < threads; ++i) others.emplace_back([&, i] { body(*team.get(), i); });
+  } catch (...) {  // whatever it is: those that run are enough
   }
-  started.set_value(static_cast<int>(others.size()) + 1);
-  body(0, workers.get());
+  Team all(static_cast<int>(others.size()) + 1, interrupt);
+  started.set_value(&all);
+  body(all, 0);
   for (std::thread& t : others) t.join();
 }
 
@@ -125,12 +128,9 @@ bool orthonormalize(const Target& target, const MatrixDesc* matrices, int64_t co
     const MatrixDesc& d = matrices[i];
     const int most = worth_threads(cost_of(d) / kRate, control);
     const std::unique_ptr<void, Free> work = allocate(bytes_of(d, most));
-    std::unique_ptr<Team> team;
-    std::once_flag made;
     bool finished = false;
-    as_team(most, [&](int worker, int workers) {
-      std::call_once(made, [&] { team.reset(new Team(workers, &interrupt)); });
-      if (target.orthonormalize(d, work.get(), *team, worker) && worker == 0) finished = true;
+    as_team(most, &interrupt, [&](Team& team, int worker) {
+      if (target.orthonormalize(d, work.get(), team, worker) && worker == 0) finished = true;
     });
     if (!finished) return false;
     done[i] = 1;

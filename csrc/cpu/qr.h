@@ -85,7 +85,7 @@ struct Shape {
 class Team {
  public:
   Team(int workers, Interrupt* interrupt) : workers_(workers), interrupt_(interrupt) {}
-  int64_t claim() { return workers_ == 1 ? next_++ : next_.fetch_add(1); }
+  int64_t claim() { return next_.fetch_add(1); }
   // Waits for all. False: the work is to be abandoned, by all of them.
   bool barrier(int worker);
 

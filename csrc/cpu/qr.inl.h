@@ -19,6 +19,10 @@ class Matrix {
       : d_(d), shape_(d), work_(work), team_(team), worker_(worker) {}
 
   bool orthonormalize() {
+    if (shape_.n == 1) {
+      if (worker_ == 0) as_dtype([&](auto dtype) { write_column<decltype(dtype)::value>(); });
+      return true;
+    }
     read();
     if (!team_.barrier(worker_)) return false;
     return (d_.direct ? take_all() : factor_all()) && form() && write();
@@ -109,7 +113,7 @@ class Matrix {
       for (int64_t q; (q = team_.claim()) < shape_.stripes - from;) {
         T* const c = stripe(from + q, row);
         if (q < count) {
-          form_own(own, q, c);
+          form_own(own, b, q, c);
         } else {  // its upper rows are still zero
           memset(c, 0, top);
           own.project(c);
@@ -123,8 +127,8 @@ class Matrix {
 
   // Columns of the identity, reflected: V' of them are rows of V. What the last stripe has beyond
   // the matrix comes from what follows in the workspace, and stays in columns that nobody reads.
-  void form_own(const Block<T>& own, int64_t q, T* c) const {
-    const int n = columns(first_of(own) + q);
+  void form_own(const Block<T>& own, int64_t b, int64_t q, T* c) const {
+    const int n = columns(first(b) + q);
     for (int k0 = 0; k0 < own.columns; k0 += S) {
       const T* const rows = own.v + k0 / S * own.stride + q * S * S;
       for (int k = 0; k < S; ++k) {
@@ -135,7 +139,6 @@ class Matrix {
     for (int j = 0; j < n; ++j) c[(q * S + j) * S + j] = 1;
     own.apply_projected(c);
   }
-  int64_t first_of(const Block<T>& own) const { return (shape_.padded - own.rows) / S; }
 
   // ---- in and out ----
 
@@ -182,22 +185,44 @@ class Matrix {
     for (int64_t i = 0; i < items; ++i) to[i] = static_cast<T>(from[i]);
   }
 
-  bool write() {
+  template <class Body>
+  void as_dtype(const Body& body) {
     switch (d_.dtype) {
       case Dtype::f32:
-        write_as<Dtype::f32>();
-        break;
+        return body(std::integral_constant<Dtype, Dtype::f32>());
       case Dtype::f64:
-        write_as<Dtype::f64>();
-        break;
+        return body(std::integral_constant<Dtype, Dtype::f64>());
       case Dtype::bf16:
-        write_as<Dtype::bf16>();
-        break;
+        return body(std::integral_constant<Dtype, Dtype::bf16>());
       case Dtype::f16:
-        write_as<Dtype::f16>();
-        break;
+        return body(std::integral_constant<Dtype, Dtype::f16>());
     }
+  }
+
+  bool write() {
+    as_dtype([&](auto dtype) { write_as<decltype(dtype)::value>(); });
     return team_.barrier(worker_);
+  }
+
+  // One column, x / |x|, needs neither stripes nor others to help.
+  template <Dtype dtype>
+  void write_column() {
+    const In* const x = reinterpret_cast<const In*>(d_.gaussian);
+    using E = typename Element<dtype>::T;
+    double sums[8] = {};
+    for (int64_t i = 0; i < shape_.m; ++i) sums[i % 8] += static_cast<double>(x[i]) * x[i];
+    const double norm = std::sqrt(((sums[0] + sums[1]) + (sums[2] + sums[3])) +
+                                  ((sums[4] + sums[5]) + (sums[6] + sums[7])));
+    const In gain = static_cast<In>(d_.gain);
+    for (int64_t i = 0; i < shape_.m; i += 32) {
+      const int items = static_cast<int>(std::min<int64_t>(32, shape_.m - i));
+      In row[32];
+      for (int j = 0; j < items; ++j) {
+        row[j] = norm == 0 ? In() : static_cast<In>(static_cast<double>(x[i + j]) / norm);
+        row[j] *= gain;
+      }
+      put_row<dtype>(row, reinterpret_cast<E*>(d_.out) + i, items);
+    }
   }
 
   template <Dtype dtype>

@@ -57,9 +57,7 @@ def run_trunc(packed: bytes, state: int) -> int:
 
 def orthonormalize(packed: bytes, written: bytearray) -> None:
     """Write packed matrices of CPU memory; `written` gets a byte for each that is."""
-    global native_fills
     _cpu.orthonormalize(packed, written, torch.get_num_threads())
-    native_fills += len(written)
 
 
 def advance(state: int, to: int, words: int) -> None:

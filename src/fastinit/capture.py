@@ -46,8 +46,11 @@ class _Memory:
         return bool(self.weak.expired())  # type: ignore[no-untyped-call]
 
     def says_all(self, t: Tensor) -> bool:
-        """Whether what is pending is all there is to know about the storage, which is t's."""
+        """Whether what is pending is all there is to know about the storage, which is t's, and as
+        cheap to do again as to copy."""
         first = self.fills[0]
+        if any(fill.op == "orthogonal" for fill in self.fills):
+            return False
         return plan.is_dense(first) and first.extent == (0, plan.storage_of(t).nbytes())
 
     def settled(self, keep: bool) -> None:
@@ -435,7 +438,7 @@ class Capture(Mode):
                     continue
                 self.read(t, fill.op)
             self.report.at_once(fill)
-            execute.run([fill])
+            execute.run([fill], False)
 
     def call(self, function: functools.partial[Any], tensor: Tensor, overwrites: bool) -> None:
         """A function that fastinit leaves to torch, in most cases because it is small.

@@ -124,18 +124,18 @@ class _Stage:
 def run(fills: Sequence[Fill], bumps: list[int], progress: bool | None = None) -> None:
     """Do the fills as if torch had done them one by one; `bumps`: of the tensors' versions."""
     generators, index = _generators(fills)
+    runner = _Runner(progress)
 
     def work(states: list[source.State]) -> None:
-        def do(packed: bytes, words: list[int], jobs: list[qr.Job]) -> None:
-            _run(states, packed, words, jobs, progress)
-
+        runner.begin(states)
         bumps.clear()
-        stage = _Stage(states, index, len(fills) == 1, do)
+        stage = _Stage(states, index, len(fills) == 1, runner.do)
         for fill in fills:
             bumps.append(stage.add(fill))
         stage.flush()
 
     source.draw(generators, work)
+    runner.end()
 
 
 def _generators(fills: Sequence[Fill]) -> tuple[list[torch.Generator], dict[int, int]]:
@@ -144,16 +144,27 @@ def _generators(fills: Sequence[Fill]) -> tuple[list[torch.Generator], dict[int,
     return list(found.values()), {key: i for i, key in enumerate(found)}
 
 
-def _run(
-    states: list[source.State],
-    packed: bytes,
-    words: list[int],
-    jobs: list[qr.Job],
-    progress: bool | None,
-) -> None:
-    backend.run(packed, [s.address for s in states], words)
-    if jobs:
-        qr.run(jobs, progress)
+class _Runner:
+    """Runs stages. Matrices are factored before the next one, or at the end, when the generators
+    have been put back: that may take long, and needs nothing of them."""
+
+    def __init__(self, progress: bool | None) -> None:
+        self._progress = progress
+        self._jobs: list[qr.Job] = []
+
+    def begin(self, states: list[source.State]) -> None:
+        self._addresses = [s.address for s in states]
+        self._jobs = []
+
+    def do(self, packed: bytes, words: list[int], jobs: list[qr.Job]) -> None:
+        self.end()
+        backend.run(packed, self._addresses, words)
+        self._jobs = jobs
+
+    def end(self) -> None:
+        jobs, self._jobs = self._jobs, []
+        if jobs:
+            qr.run(jobs, self._progress)
 
 
 def is_known(fill: Fill) -> bool:
@@ -175,12 +186,18 @@ class Batch:
         self.written = [f.tensor for f, times in zip(fills, bumps) for _ in range(times)]
 
     def run(self, progress: bool | None) -> None:
-        def work(states: list[source.State]) -> None:
-            for stage in self._stages:
-                _run(states, *stage, progress)
+        runner = _Runner(progress)
 
-        source.draw(self._generators, work)
-        torch.autograd.graph.increment_version(self.written)
+        def work(states: list[source.State]) -> None:
+            runner.begin(states)
+            for stage in self._stages:
+                runner.do(*stage)
+
+        try:
+            source.draw(self._generators, work)
+            runner.end()
+        finally:
+            torch.autograd.graph.increment_version(self.written)
 
 
 def draw_ahead(fill: Fill, scratch: torch.Tensor) -> torch.Tensor:
@@ -213,5 +230,5 @@ def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
         if i == len(fills) or scratch > qr.SCRATCH:
             backend.run(b"".join(packed), states, [0] * len(states))
             if jobs:
-                qr.run(jobs)
+                qr.run(jobs, False)  # the block has a bar of its own
             packed, states, jobs, scratch = [], [], [], 0

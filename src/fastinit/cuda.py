@@ -393,6 +393,11 @@ def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
     """Do fills whose numbers were drawn ahead: a launch for each device, if all were asked for on
     one stream and with few seeds. None may overlap another."""
     backend.refuse_capture()
+    for part in within_memory([fill for fill, _ in fills]):
+        _run_ahead(fills[part])
+
+
+def _run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
     launches: dict[tuple[int, int], list[tuple[Launch, dict[int, int]]]] = {}
     for fill, storage in fills:
         of_stream = launches.setdefault((fill.device, fill.stream), [(Launch(fill.device), {})])
@@ -427,18 +432,16 @@ def _tensor_at(fill: Fill, storage: torch.UntypedStorage) -> Tensor:
         return flat.set_(storage, fill.extent[0] // dtype.itemsize, (fill.items,), (1,))  # type: ignore[call-overload,no-any-return,unused-ignore]
 
 
-def within_memory(fills: Sequence[Fill]) -> Iterator[Sequence[Fill]]:
+def within_memory(fills: Sequence[Fill]) -> Iterator[slice]:
     """Parts whose normals need no more memory of their own than there is to be."""
-    part: list[Fill] = []
-    scratch = 0
-    for fill in fills:
-        if fill.op == "orthogonal" and fill.tensor.itemsize == 2:
-            scratch += 4 * fill.items
-        if scratch > cuda_qr.MOST_MEMORY and part:
-            yield part
-            part, scratch = [], 4 * fill.items
-        part.append(fill)
-    yield part
+    start = scratch = 0
+    for i, fill in enumerate(fills):
+        own = 4 * fill.items if fill.op == "orthogonal" and fill.tensor.itemsize == 2 else 0
+        if own and scratch and scratch + own > cuda_qr.MOST_MEMORY:
+            yield slice(start, i)
+            start, scratch = i, 0
+        scratch += own
+    yield slice(start, len(fills))
 
 
 # ---- sparse_ -------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def run(fills: Sequence[Fill], progress: bool | None = None) -> None:
             else:
                 for part in cuda.within_memory(group):
                     of_part: list[int] = []
-                    cuda.Batch(part).run(of_part)
+                    cuda.Batch(group[part]).run(of_part)
                     bumps += of_part
         finally:
             count_versions(group, bumps)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The functions of torch.nn.init: same signatures, same bits, same errors.
+"""The functions of torch.nn.init: same signatures, same bits (orthogonal_: up to rounding), same
+errors.
 
 Each builds a fill of what torch's function would write. If that kind of fill is proved equal
 (probe.py) it runs natively, now or when the plan that records it does; whatever is unusual (other
@@ -402,6 +403,8 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
     if _run(plan.orthogonal(tensor, gain, generator, tensor.shape[0])):
         return tensor
     native = plan.accepts(tensor, inference=True) and plan.device_of(tensor) < 0
+    rows = tensor.shape[0]
+    native = native and not plan.is_narrow(rows, tensor.numel() // rows, tensor.dtype)
     return _pass_on(_orthogonal if native else _torch.orthogonal_, tensor, gain, generator)
 
 
@@ -456,7 +459,8 @@ def _factor(
     shape: Sequence[int], like: Tensor, gain: float, generator: Generator | None
 ) -> tuple[Tensor, float]:
     """Matrices of such a shape, and what they have still to be multiplied by."""
-    plain = type(like) in _PLAIN and like.is_cpu
+    plain = type(like) in _PLAIN and like.is_cpu and not torch.compiler.is_compiling()
+    plain = plain and plan.modes_allow() and plan.accepts(like, inference=True)
     with backend.undisturbed() if plain else nullcontext():  # so that nothing waits
         drawn = like.new_empty(shape, dtype=qr.gaussian_dtype(like.dtype))
         normal_(drawn, 0.0, 1.0, generator)

@@ -67,6 +67,13 @@ class Plan:
         for fill in fills:
             fill.extent = plan.extent(fill)
             self._on_gpu |= fill.device >= 0
+            if fill.op in (
+                "orthogonal",
+                "diagonal",
+                "sparse_mask",
+                "sparse",
+            ):  # of rows and columns
+                self.keep([fill.tensor])
         self._steps.append(fills)
         self._prepared = self._packed = None
 

@@ -13,7 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
+from numbers import Integral, Rational, Real
 from typing import Any, Protocol
 
 import torch
@@ -358,18 +358,25 @@ def orthogonal(
     if fill is None or not t.is_contiguous():
         return None
     scale = gain_of(gain)
-    if scale is None:
+    if scale is None or (count == 1 and is_narrow(rows, fill.items // rows, t.dtype)):
         return None
     fill.op, fill.scale, fill.bumps, fill.rank = "orthogonal", scale, 2, 0
     fill.shape = (rows, fill.items // count // rows, count, 0, 0, 0, 0, 0)
     return fill
 
 
+def is_narrow(rows: int, cols: int, dtype: torch.dtype) -> bool:
+    """A few columns, of which ours would work on sixteen; torch does not for 16-bit types."""
+    small, large = sorted((rows, cols))
+    return 1 < small <= 16 and large >= 4096 and dtype.itemsize > 2
+
+
 def gain_of(gain: object) -> float | None:
     """A number, also one of numpy's, that torch multiplies with."""
-    if isinstance(gain, int) and not -(1 << 63) <= gain < 1 << 64:
-        return None  # torch refuses it
-    return float(gain) if isinstance(gain, Real) else None
+    if isinstance(gain, int):
+        return float(gain) if -(1 << 63) <= gain < 1 << 64 else None  # torch refuses others
+    fraction = isinstance(gain, Rational) and not isinstance(gain, Integral)
+    return float(gain) if isinstance(gain, Real) and not fraction else None
 
 
 def normals_of(fill: Fill, t: Tensor) -> Fill:

@@ -144,7 +144,8 @@ def _run(batch: Sequence[Job], later: Sequence[Sequence[Job]]) -> None:
         for j in (j for b in later for j in b):
             missing[j.rows, j.cols] += j.matrices
         shapes = ", ".join(f"{n} of {shape}" for shape, n in missing.items() if n)
-        error.args = (*error.args, f"orthogonal matrices not written: {shapes or 'none'}")
+        if shapes:
+            error.args = (*error.args, f"orthogonal matrices not written: {shapes}")
         raise
 
 
