@@ -77,26 +77,29 @@ class Matrix {
     factor(c, rows, columns, t, signs);
   }
 
+  void find_block(int64_t b) {
+    Block<T> own = block(b, false);
+    for (int64_t s = first(b); s < last(b); ++s) reflectors(own, b, s);
+  }
+
   bool factor_all() {
-    for (int64_t b = 0; b < shape_.blocks; ++b) {
-      Block<T> own = block(b, false);
-      if (worker_ == 0) {
-        for (int64_t s = first(b); s < last(b); ++s) reflectors(own, b, s);
+    if (worker_ == 0) find_block(0);
+    if (!team_.barrier(worker_)) return false;
+    for (int64_t b = 0; b + 1 < shape_.blocks; ++b) {
+      const Block<T> own = block(b, false);
+      const auto apply = [&](int64_t s) { own.apply_transposed(stripe(s, first(b) * S)); };
+      if (worker_ == 0) {  // while the others are at what lies behind it
+        for (int64_t s = first(b + 1); s < last(b + 1); ++s) apply(s);
+        find_block(b + 1);
       }
-      if (!team_.barrier(worker_)) return false;
-      for (int64_t s; (s = last(b) + team_.claim()) < shape_.stripes;) {
-        own.apply_transposed(stripe(s, first(b) * S));
-      }
+      for (int64_t s; (s = last(b + 1) + team_.claim()) < shape_.stripes;) apply(s);
       if (!team_.barrier(worker_)) return false;
     }
     return true;
   }
 
   bool take_all() {
-    for (int64_t b; (b = team_.claim()) < shape_.blocks;) {
-      Block<T> own = block(b, false);
-      for (int64_t s = first(b); s < last(b); ++s) reflectors(own, b, s);
-    }
+    for (int64_t b; (b = team_.claim()) < shape_.blocks;) find_block(b);
     return team_.barrier(worker_);
   }
 

@@ -92,11 +92,12 @@ struct Columns {
 
   void add(int c, double tau, const T* dots) {
     constexpr int S = kStripe<T>, L = kWide<T>;
-    for (int j = 0; j < S; j += L) {
-      Wide<T> sum = {};
-      for (int k = 0; k < c; ++k) sum = mad(wide(dots[k]), at(t + k * S + j), sum);
-      at(t + c * S + j) = sum * wide(static_cast<T>(-tau));
+    Wide<T> sums[S / L] = {};
+    for (int k = 0; k < c; ++k) {
+      const Wide<T> dot = wide(dots[k]);
+      for (int j = 0; j < S / L; ++j) sums[j] = mad(dot, at(t + k * S + j * L), sums[j]);
     }
+    for (int j = 0; j < S / L; ++j) at(t + c * S + j * L) = sums[j] * wide(static_cast<T>(-tau));
     t[c * S + c] = static_cast<T>(tau);
   }
 
@@ -129,10 +130,10 @@ struct Reflector {
 // For two vectors of a stripe's columns: rows -= x s, for x the column c; then sums[j] is column
 // `next` times column j. kUpdate: false if s is 0 for these columns.
 template <bool kUpdate, class T>
-void update_and_sum(T* p, int64_t rows, int c, int next, const T* s, int j, double* sums) {
+void update_and_sum(T* p, int64_t rows, int c, int next, const T* s, int j, T* sums) {
   constexpr int S = kStripe<T>, L = kWide<T>;
   const Wide<T> s0 = at(s + j), s1 = at(s + j + L), s_next = wide(s[next]);
-  for (int i = 0; i < 2 * L; ++i) sums[j + i] = 0;
+  Wide<T> first = {}, second = {};
   for (; rows > 0; rows -= kChunk, p += kChunk * S) {
     const int64_t n = rows < kChunk ? rows : kChunk;
     Wide<T> low[4] = {}, high[4] = {};
@@ -151,16 +152,16 @@ void update_and_sum(T* p, int64_t rows, int c, int next, const T* s, int j, doub
       for (int r = 0; r < 4; ++r) each(p + (i + r) * S, low[r], high[r]);
     }
     for (int r = 0; i + r < n; ++r) each(p + (i + r) * S, low[r], high[r]);
-    const Wide<T> a = (low[0] + low[1]) + (low[2] + low[3]);
-    const Wide<T> b = (high[0] + high[1]) + (high[2] + high[3]);
-    for (int i = 0; i < L; ++i) sums[j + i] += static_cast<double>(a[i]);
-    for (int i = 0; i < L; ++i) sums[j + L + i] += static_cast<double>(b[i]);
+    first += (low[0] + low[1]) + (low[2] + low[3]);
+    second += (high[0] + high[1]) + (high[2] + high[3]);
   }
+  at(sums + j) = first;
+  at(sums + j + L) = second;
 }
 
 // The same for all columns; those that hold `next` come last, as the others read it.
 template <class T>
-void update_and_sum_all(T* p, int64_t rows, int c, int next, const T* s, double* sums) {
+void update_and_sum_all(T* p, int64_t rows, int c, int next, const T* s, T* sums) {
   constexpr int S = kStripe<T>, W = 2 * kWide<T>;
   const int own = next / W * W;
   for (int j = 0; j < own; j += W) update_and_sum<false>(p, rows, c, next, s, j, sums);
@@ -169,11 +170,11 @@ void update_and_sum_all(T* p, int64_t rows, int c, int next, const T* s, double*
 }
 
 // Factors a stripe whose diagonal begins at p: leaves V there, writes T and the signs.
-template <class T>
-void factor(T* p, int64_t rows, int columns, T* t, T* signs) {
+// In double, see factor_in_double for floats.
+inline void factor(double* p, int64_t rows, int columns, double* t, double* signs) {
+  using T = double;
   constexpr int S = kStripe<T>;
-  alignas(64) T s[S] = {}, dots[S];
-  alignas(64) double sums[S];
+  alignas(64) T s[S] = {}, dots[S], sums[S];
   Columns<T> made;
   update_and_sum_all(p, rows, 0, 0, s, sums);
   for (int c = 0; c < columns; ++c) {
