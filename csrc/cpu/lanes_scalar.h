@@ -125,7 +125,7 @@ constexpr int kTile = 4;  // rows of a tile of two vectors that the registers ho
 FI_INLINE Wide<float> wide(float v) { return Wide<float>{v, v, v, v}; }
 FI_INLINE Wide<double> wide(double v) { return Wide<double>{v, v}; }
 template <class T>
-FI_INLINE T mad(T a, T b, T c) {  // a * b + c, in one rounding where that is an instruction
+FI_INLINE T mad(T a, T b, T c) {  // a * b + c; the other targets in one rounding
   return a * b + c;
 }
 template <class T>

@@ -243,6 +243,7 @@ class Matrix {
         const bool tall = d_.rows >= d_.cols;
         for (int k = 0; k < count; ++k) {
           const T* const row = stripe(s, i + k);
+          // Columns beyond the matrix have no signs; they are not written either.
           for (int j = 0; j < S; ++j) rows[k][j] = static_cast<In>(row[j] * signs[j]) * gain;
         }
         if (tall) {

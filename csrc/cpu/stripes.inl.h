@@ -94,8 +94,8 @@ struct Columns {
     constexpr int S = kStripe<T>, L = kWide<T>;
     Wide<T> sums[S / L] = {};
     for (int k = 0; k < c; ++k) {
-      const Wide<T> dot = wide(dots[k]);
-      for (int j = 0; j < S / L; ++j) sums[j] = mad(dot, at(t + k * S + j * L), sums[j]);
+      const Wide<T> x = wide(dots[k]);
+      for (int j = 0; j < S / L; ++j) sums[j] = mad(x, at(t + k * S + j * L), sums[j]);
     }
     for (int j = 0; j < S / L; ++j) at(t + c * S + j * L) = sums[j] * wide(static_cast<T>(-tau));
     t[c * S + c] = static_cast<T>(tau);
@@ -169,22 +169,20 @@ void update_and_sum_all(T* p, int64_t rows, int c, int next, const T* s, T* sums
   update_and_sum<true>(p, rows, c, next, s, own, sums);
 }
 
-// Factors a stripe whose diagonal begins at p: leaves V there, writes T and the signs.
-// In double, see factor_in_double for floats.
+// Factors a stripe whose diagonal begins at p: leaves V there, writes T and the signs. For floats
+// see factor_in_double.
 inline void factor(double* p, int64_t rows, int columns, double* t, double* signs) {
-  using T = double;
-  constexpr int S = kStripe<T>;
-  alignas(64) T s[S] = {}, dots[S], sums[S];
-  Columns<T> made;
+  constexpr int S = kStripe<double>;
+  alignas(64) double s[S] = {}, dots[S], sums[S];
+  Columns<double> made;
   update_and_sum_all(p, rows, 0, 0, s, sums);
   for (int c = 0; c < columns; ++c) {
-    T* const row = p + c * S;
-    const Reflector<T> h(row + c, sums[c]);
+    double* const row = p + c * S;
+    const Reflector<double> h(row + c, sums[c]);
     signs[c] = h.sign;
     for (int j = 0; j < S; ++j) {  // row c of x became v
-      const double v_j = sums[j] + h.change * static_cast<double>(j == c ? T() : row[j]);
-      dots[j] = static_cast<T>(v_j);
-      s[j] = j > c ? static_cast<T>(h.tau * v_j) : T();
+      dots[j] = sums[j] + h.change * (j == c ? 0 : row[j]);
+      s[j] = j > c ? h.tau * dots[j] : 0;
     }
     made.add(c, h.tau, dots);
     for (int j = c + 1; j < S; ++j) row[j] = 0;  // R is not needed
