@@ -1338,9 +1338,9 @@ def missing_of(error: BaseException) -> dict[tuple[int, int], int]:
 def test_interrupted(kind: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert threading.current_thread() is threading.main_thread()
     torch.set_num_threads(threads)
-    small, large = (180, 180), (1100, 1000)
+    small, large = (140, 140), (1100, 1000)
     shapes = {
-        "many small": [small] * 300,
+        "many small": [small] * 1500,  # longer than the time between two looks
         "a few shared": [large] * 8,
         "batches": [small, (50, 70)] * 120 + [large] * 3,
     }[kind]
