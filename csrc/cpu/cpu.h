@@ -23,6 +23,8 @@ struct Words {
   uint64_t position() const { return base + pos; }
 };
 
+constexpr uint64_t kHugePage = 2 << 20;
+
 struct Target {
   const char* name;
   bool (*supported)();

@@ -111,9 +111,9 @@ using Wide = typename WideOf<T, 32>::type;
 constexpr int kTile = 4;
 FI_INLINE Wide<float> wide(float v) { return _mm256_set1_ps(v); }
 FI_INLINE Wide<double> wide(double v) { return _mm256_set1_pd(v); }
-FI_INLINE __m256 mad(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+FI_INLINE F mad(F a, F b, F c) { return fma(a, b, c); }
 FI_INLINE __m256d mad(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
-FI_INLINE __m256 nmad(__m256 a, __m256 b, __m256 c) { return _mm256_fnmadd_ps(a, b, c); }
+FI_INLINE F nmad(F a, F b, F c) { return fnma(a, b, c); }
 FI_INLINE __m256d nmad(__m256d a, __m256d b, __m256d c) { return _mm256_fnmadd_pd(a, b, c); }
 
 }  // namespace

@@ -120,9 +120,9 @@ using Wide = typename WideOf<T, 64>::type;
 constexpr int kTile = 8;
 FI_INLINE Wide<float> wide(float v) { return _mm512_set1_ps(v); }
 FI_INLINE Wide<double> wide(double v) { return _mm512_set1_pd(v); }
-FI_INLINE __m512 mad(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+FI_INLINE F mad(F a, F b, F c) { return fma(a, b, c); }
 FI_INLINE __m512d mad(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
-FI_INLINE __m512 nmad(__m512 a, __m512 b, __m512 c) { return _mm512_fnmadd_ps(a, b, c); }
+FI_INLINE F nmad(F a, F b, F c) { return fnma(a, b, c); }
 FI_INLINE __m512d nmad(__m512d a, __m512d b, __m512d c) { return _mm512_fnmadd_pd(a, b, c); }
 
 }  // namespace

@@ -36,17 +36,18 @@ bool python_interrupted() {
 
 Control control_of(int threads) { return {threads, python_interrupted}; }
 
-std::vector<FillDesc> unpack(const py::bytes& packed) {
+template <class Desc>
+std::vector<Desc> unpack(const py::bytes& packed) {
   const std::string_view data = packed;
-  if (data.size() % sizeof(FillDesc) != 0) throw py::value_error("not a packed plan");
-  std::vector<FillDesc> fills(data.size() / sizeof(FillDesc));
-  memcpy(fills.data(), data.data(), data.size());
-  return fills;
+  if (data.size() % sizeof(Desc) != 0) throw py::value_error("not a packed plan");
+  std::vector<Desc> all(data.size() / sizeof(Desc));
+  memcpy(all.data(), data.data(), data.size());
+  return all;
 }
 
 void run(const py::bytes& packed, const std::vector<uint64_t>& states,
          const std::vector<uint64_t>& words_drawn, int threads) {
-  const std::vector<FillDesc> fills = unpack(packed);
+  const std::vector<FillDesc> fills = unpack<FillDesc>(packed);
   std::vector<Source> sources(states.size());
   for (size_t i = 0; i < states.size(); ++i) {
     sources[i] = {reinterpret_cast<TorchState*>(states[i]), words_drawn.at(i)};
@@ -65,7 +66,7 @@ void run(const py::bytes& packed, const std::vector<uint64_t>& states,
 }
 
 uint64_t run_truncated(const py::bytes& packed, uint64_t state, int threads) {
-  const std::vector<FillDesc> fills = unpack(packed);
+  const std::vector<FillDesc> fills = unpack<FillDesc>(packed);
   if (fills.size() != 1) throw py::value_error("one fill expected");
   const Target& target = active_target();
   uint64_t rounds;
@@ -79,13 +80,9 @@ uint64_t run_truncated(const py::bytes& packed, uint64_t state, int threads) {
 
 // `written` gets one byte per matrix. Not all are if a signal handler raises.
 void orthonormalize_all(const py::bytes& packed, const py::buffer& written, int threads) {
-  const std::string_view data = packed;
-  if (data.size() % sizeof(MatrixDesc) != 0) throw py::value_error("not packed matrices");
   const py::buffer_info done = written.request(true);
   std::vector<MatrixDesc> matrices;
-  for (size_t at = 0; at + sizeof(MatrixDesc) <= data.size(); at += sizeof(MatrixDesc)) {
-    MatrixDesc d;
-    memcpy(&d, data.data() + at, sizeof d);
+  for (MatrixDesc d : unpack<MatrixDesc>(packed)) {
     const uint64_t items = static_cast<uint64_t>(d.rows) * static_cast<uint64_t>(d.cols);
     const uint64_t given = static_cast<uint64_t>(Shape(d).given(d.direct));
     for (int64_t left = std::exchange(d.count, 1); left > 0; --left) {

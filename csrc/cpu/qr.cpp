@@ -24,7 +24,6 @@ constexpr double kRate = 30;            // operations per ns and thread, to divi
 constexpr double kOverhead = 20e3;      // operations that a small matrix costs besides
 constexpr int64_t kCanShare = 1 << 16;  // elements that are enough for several threads,
 constexpr uint64_t kShared = 8 << 20;   // bytes to work in that are too many for each thread
-constexpr uint64_t kHugePage = 2 << 20;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }

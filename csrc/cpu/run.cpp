@@ -19,10 +19,9 @@ namespace {
 constexpr uint64_t kTile = 4096;            // items; a multiple of 16 and of all vectors
 constexpr uint64_t kSparseTile = 64;        // columns
 constexpr uint64_t kStreamBytes = 8 << 20;  // larger plans bypass the caches
-constexpr uint64_t kHugePage = 2 << 20;
-constexpr double kTouchCost = 0.17;     // ns per byte of fresh memory in huge pages
-constexpr uint64_t kTouched = 1 << 20;  // bytes; less is not worth three system calls
-constexpr int64_t kCursors = 16;        // of a worker; sources beyond that share them
+constexpr double kTouchCost = 0.17;         // ns per byte of fresh memory in huge pages
+constexpr uint64_t kTouched = 1 << 20;      // bytes; less is not worth three system calls
+constexpr int64_t kCursors = 16;            // of a worker; sources beyond that share them
 
 uint64_t tile_of(const FillDesc& d) { return d.op == Op::sparse_mask ? kSparseTile : kTile; }
 

@@ -17,44 +17,49 @@ FI_FN Matrix<T> working_matrix(const QrArguments& args, uint32_t number) {
   return {global<T>(args.columns) + number * size, args.m, args.n, args.pitch};
 }
 
-// Where tile `number` of an m x n matrix starts.
-struct Corner {
-  uint32_t i, j;
-  FI_FN Corner(uint32_t m, uint32_t number) {
-    const uint32_t down = (m + kQrTile - 1) / kQrTile;
-    j = number / down * kQrTile;
-    i = number % down * kQrTile;
-  }
-};
-
+// A tile of a matrix on its way through shared memory.
 template <class T>
-using Tile = T[kQrTile][kQrTile + 1];  // the odd pitch keeps columns on different banks
+struct Tile {
+  T (*const cells)[kQrTile + 1];  // the odd pitch keeps columns on different banks
+  const Matrix<T> a;
+  uint32_t i, j;        // where it starts
+  const uint32_t step;  // rows or columns that the threads of a block move at a time
+
+  FI_FN Tile(const Block& block, const QrArguments& args, uint32_t number, uint32_t tile,
+             void* shared)
+      : cells(static_cast<T (*)[kQrTile + 1]>(shared)),
+        a(working_matrix<T>(args, number)),
+        step(block.threads() / kQrTile) {
+    const uint32_t down = (a.m + kQrTile - 1) / kQrTile;
+    j = tile / down * kQrTile;
+    i = tile % down * kQrTile;
+  }
+  FI_FN bool has(uint32_t di, uint32_t dj) const { return i + di < a.m && j + dj < a.n; }
+};
 
 // Gaussian numbers to columns, zeros above the diagonal if they are packed.
 template <class T>
 FI_FN void pack(const Block& block, const QrArguments& args, uint32_t number, uint32_t tile_number,
                 void* shared) {
-  Tile<T>& tile = *static_cast<Tile<T>*>(shared);
+  const Tile<T> tile(block, args, number, tile_number, shared);
   const QrJob& job = job_of(args, number);
-  const Matrix<T> a = working_matrix<T>(args, number);
-  const Corner at(a.m, tile_number);
-  const uint32_t rows = block.threads() / kQrTile;
   const bool direct = args.direct != 0, by_columns = job.rows < job.cols && !direct;
   block.each([&](uint32_t t) {
     const T* const from = global<const T>(job.from);
     const uint32_t x = t % kQrTile;
-    for (uint32_t y = t / kQrTile; y < kQrTile; y += rows) {
-      const uint32_t i = by_columns ? x : y, j = by_columns ? y : x;
-      if (at.i + i >= a.m || at.j + j >= a.n) continue;
+    for (uint32_t y = t / kQrTile; y < kQrTile; y += tile.step) {
+      const uint32_t di = by_columns ? x : y, dj = by_columns ? y : x;
+      if (!tile.has(di, dj)) continue;
+      const uint32_t i = tile.i + di, j = tile.j + dj;
       T value = 0;
-      if (!direct || at.i + i >= at.j + j) value = from[place(job, direct, at.i + i, at.j + j)];
-      tile[i][j] = value;
+      if (!direct || i >= j) value = from[place(job, direct, i, j)];
+      tile.cells[di][dj] = value;
     }
   });
   block.each([&](uint32_t t) {
-    const uint32_t i = t % kQrTile;
-    for (uint32_t j = t / kQrTile; j < kQrTile; j += rows) {
-      if (at.i + i < a.m && at.j + j < a.n) a.at(at.i + i, at.j + j) = tile[i][j];
+    const uint32_t di = t % kQrTile;
+    for (uint32_t dj = t / kQrTile; dj < kQrTile; dj += tile.step) {
+      if (tile.has(di, dj)) tile.a.at(tile.i + di, tile.j + dj) = tile.cells[di][dj];
     }
   });
 }
@@ -63,27 +68,25 @@ FI_FN void pack(const Block& block, const QrArguments& args, uint32_t number, ui
 template <class T>
 FI_FN void write(const Block& block, const QrArguments& args, uint32_t number, uint32_t tile_number,
                  void* shared) {
-  Tile<T>& tile = *static_cast<Tile<T>*>(shared);
+  const Tile<T> tile(block, args, number, tile_number, shared);
   const QrJob& job = job_of(args, number);
-  const Matrix<T> a = working_matrix<T>(args, number);
-  const Corner at(a.m, tile_number);
-  const uint32_t rows = block.threads() / kQrTile;
   const bool wide = job.rows < job.cols;
   block.each([&](uint32_t t) {
-    const T* const sign = global<const T>(args.sign) + uint64_t{number} * a.n;
+    const T* const sign = global<const T>(args.sign) + uint64_t{number} * tile.a.n;
     const T gain = static_cast<T>(job.gain);
-    const uint32_t i = t % kQrTile;
-    for (uint32_t j = t / kQrTile; j < kQrTile; j += rows) {
-      if (at.i + i >= a.m || at.j + j >= a.n) continue;
-      tile[i][j] = mul(mul(a.at(at.i + i, at.j + j), sign[at.j + j]), gain);
+    const uint32_t di = t % kQrTile;
+    for (uint32_t dj = t / kQrTile; dj < kQrTile; dj += tile.step) {
+      if (!tile.has(di, dj)) continue;
+      const uint32_t i = tile.i + di, j = tile.j + dj;
+      tile.cells[di][dj] = mul(mul(tile.a.at(i, j), sign[j]), gain);
     }
   });
   block.each([&](uint32_t t) {
     const uint32_t x = t % kQrTile;
-    for (uint32_t y = t / kQrTile; y < kQrTile; y += rows) {
-      const uint32_t i = wide ? x : y, j = wide ? y : x;
-      if (at.i + i >= a.m || at.j + j >= a.n) continue;
-      store_result(job, place(job, false, at.i + i, at.j + j), tile[i][j]);
+    for (uint32_t y = t / kQrTile; y < kQrTile; y += tile.step) {
+      const uint32_t di = wide ? x : y, dj = wide ? y : x;
+      if (!tile.has(di, dj)) continue;
+      store_result(job, place(job, false, tile.i + di, tile.j + dj), tile.cells[di][dj]);
     }
   });
 }
@@ -93,21 +96,11 @@ template <class T>
 FI_FN void reflect_columns(const Block& block, const QrArguments& args, uint32_t number,
                            uint32_t part) {
   const Matrix<T> a = working_matrix<T>(args, number);
-  const uint32_t first = part * (block.threads() / kWarp);
-  block.template sum<kWarp>(
-      [&](uint32_t t) {
-        const uint32_t j = first + t / kWarp;
-        return j < a.n ? squares_of(a, j, t % kWarp) : Sums<double, 1>();
-      },
-      [&](uint32_t t, const Sums<double, 1>& squares) {
-        const uint32_t j = first + t / kWarp;
-        if (t % kWarp != 0 || j >= a.n) return;
-        T tau, beta, head;
-        reflector(a.m - j, a.at(j, j), squares.x[0], &tau, &beta, &head);
-        a.at(j, j) = head;
-        global<T>(args.tau)[uint64_t{number} * a.n + j] = tau;
-        global<T>(args.sign)[uint64_t{number} * a.n + j] = sign_of(beta);
-      });
+  const uint64_t scalars = uint64_t{number} * a.n;
+  reflect(block, a, part * (block.threads() / kWarp), [&](uint32_t j, T tau, T beta, T) {
+    global<T>(args.tau)[scalars + j] = tau;
+    global<T>(args.sign)[scalars + j] = sign_of(beta);
+  });
 }
 
 // T from V'V above the diagonal of `t`, in its place. Row i of an inverse needs nothing but itself:

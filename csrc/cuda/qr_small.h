@@ -70,7 +70,11 @@ FI_FN void orthonormalize_small(const Block& block, const QrArguments& args, uin
     }
   });
   if (direct) {
-    reflect(block, a, s);
+    for (uint32_t first = 0; first < n; first += block.threads() / kWarp) {
+      reflect(block, a, first, [&](uint32_t j, T tau, T beta, T head) {
+        s->tau[j] = tau, s->beta[j] = beta, s->head[j] = head;
+      });
+    }
   } else {
     factor<lanes, own>(block, a, s, static_cast<T*>(nullptr), 0);
   }

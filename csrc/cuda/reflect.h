@@ -85,14 +85,30 @@ FI_FN T sign_of(T x) {
   return x > 0 ? T(1) : x < 0 ? T(-1) : T(0);
 }
 
-// Sum of the parts of column j's dot product with x, the column k of which v = x - beta e_1 was
-// made, and from that v' a_j.
+// Parts of the products of a thread's columns with column k, of which the first of its lanes has
+// the sums: kept, and summed up for column j.
+template <uint32_t lanes, uint32_t own, class T>
+FI_FN void keep_dots(const Block& block, uint32_t columns, uint32_t t, const Sums<T, own>& dots,
+                     uint32_t k, QrState<T>* s) {
+  const Split<lanes, own> split(block.threads(), columns, t);
+  if (t % lanes != 0 || split.is_idle()) return;
+#pragma unroll
+  for (uint32_t c = 0; c < own; ++c) {
+    s->dots[k & 1][split.column(c) * split.parts + split.part] = dots.x[c];
+  }
+}
 template <class T>
-FI_FN T product(const QrState<T>& s, const Matrix<T>& a, uint32_t parts, uint32_t j, uint32_t k) {
+FI_FN T sum_dots(const QrState<T>& s, uint32_t parts, uint32_t j, uint32_t k) {
   T dot = 0;
 #pragma unroll 4
   for (uint32_t p = 0; p < parts; ++p) dot += s.dots[k & 1][j * parts + p];
-  return fma_of(-s.beta[k], a.at(k, j), dot);
+  return dot;
+}
+
+// v' a_j, from the product with x, the column k of which v = x - beta e_1 was made.
+template <class T>
+FI_FN T product(const QrState<T>& s, const Matrix<T>& a, uint32_t parts, uint32_t j, uint32_t k) {
+  return fma_of(-s.beta[k], a.at(k, j), sum_dots(s, parts, j, k));
 }
 
 // Reflectors k of all columns in place, heads on the diagonal; above it is left what was there.
@@ -172,44 +188,34 @@ FI_FN void factor(const Block& block, const Matrix<T>& a, QrState<T>* s, T* gram
           return dots;
         },
         [&](uint32_t t, const Sums<T, own>& dots) {
-          const Split<lanes, own> split(block.threads(), a.n, t);
-          if (t % lanes != 0 || split.is_idle()) return;
-#pragma unroll
-          for (uint32_t c = 0; c < own; ++c) {
-            s->dots[k & 1][split.column(c) * split.parts + split.part] = dots.x[c];
-          }
+          keep_dots<lanes, own>(block, a.n, t, dots, k, s);
         });
   }
 }
 
-// What one of a warp's lanes has of the sum of squares of a column from its diagonal on.
-template <class T>
-FI_FN Sums<double, 1> squares_of(const Matrix<T>& a, uint32_t j, uint32_t lane) {
-  Sums<double, 1> squares;
-  const T* const x = a.column(j);
-  for (uint32_t i = j + lane; i < a.m; i += kWarp) {
-    squares.x[0] = add_square(x[i], squares.x[0]);
-  }
-  return squares;
-}
-
-// The reflectors of columns that are theirs already: nothing but lengths. A warp takes a column.
-template <class T>
-FI_FN void reflect(const Block& block, const Matrix<T>& a, QrState<T>* s) {
-  const uint32_t warps = block.threads() / kWarp;
-  for (uint32_t first = 0; first < a.n; first += warps) {
-    block.template sum<kWarp>(
-        [&](uint32_t t) {
-          const uint32_t j = first + t / kWarp;
-          return j < a.n ? squares_of(a, j, t % kWarp) : Sums<double, 1>();
-        },
-        [&](uint32_t t, const Sums<double, 1>& squares) {
-          const uint32_t j = first + t / kWarp;
-          if (t % kWarp != 0 || j >= a.n) return;
-          reflector(a.m - j, a.at(j, j), squares.x[0], &s->tau[j], &s->beta[j], &s->head[j]);
-          a.at(j, j) = s->head[j];
-        });
-  }
+// The reflectors of columns from `first` on that are theirs already: nothing but lengths. A warp
+// takes a column and tells keep(column, tau, beta, head).
+template <class T, class Keep>
+FI_FN void reflect(const Block& block, const Matrix<T>& a, uint32_t first, const Keep& keep) {
+  block.template sum<kWarp>(
+      [&](uint32_t t) {
+        Sums<double, 1> squares;
+        const uint32_t j = first + t / kWarp;
+        if (j >= a.n) return squares;
+        const T* const x = a.column(j);
+        for (uint32_t i = j + t % kWarp; i < a.m; i += kWarp) {
+          squares.x[0] = add_square(x[i], squares.x[0]);
+        }
+        return squares;
+      },
+      [&](uint32_t t, const Sums<double, 1>& squares) {
+        const uint32_t j = first + t / kWarp;
+        if (t % kWarp != 0 || j >= a.n) return;
+        T tau, beta, head;
+        reflector(a.m - j, a.at(j, j), squares.x[0], &tau, &beta, &head);
+        a.at(j, j) = head;
+        keep(j, tau, beta, head);
+      });
 }
 
 // Q in the place of the reflectors, last column first: one pass per column applies H_k and takes
@@ -234,12 +240,7 @@ FI_FN void form(const Block& block, const Matrix<T>& a, QrState<T>* s) {
             scale[c] = 0, own_scale[c] = 1;
             if (j < a.n && (j == k || j == k + 1)) own_scale[c] = -mul(s->tau[j], s->head[j]);
             if (j <= k || j >= a.n) continue;
-            T dot = 0;
-#pragma unroll 4
-            for (uint32_t p = 0; p < split.parts; ++p) {
-              dot += s->dots[k & 1][j * split.parts + p];
-            }
-            scale[c] = mul(s->tau[k], dot);
+            scale[c] = mul(s->tau[k], sum_dots(*s, split.parts, j, k));
           }
           if (!is_needed) return dots;
           const T* const v = a.column(k);
@@ -263,12 +264,7 @@ FI_FN void form(const Block& block, const Matrix<T>& a, QrState<T>* s) {
           return dots;
         },
         [&](uint32_t t, const Sums<T, own>& dots) {
-          const Split<lanes, own> split(block.threads(), a.n, t);
-          if (t % lanes != 0 || split.is_idle()) return;
-#pragma unroll
-          for (uint32_t c = 0; c < own; ++c) {
-            s->dots[(k + 1) & 1][split.column(c) * split.parts + split.part] = dots.x[c];
-          }
+          keep_dots<lanes, own>(block, a.n, t, dots, k + 1, s);
         });
     if (k == 0) break;
   }

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -130,6 +130,16 @@ def cuda_zeros(size: int, device: int) -> Tensor:
     return torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device))
 
 
+def _launch(kernel: Callable[..., None], device: int, *arguments: Any) -> None:
+    """On the device's current stream."""
+    stream = cuda_stream(device)
+    if torch._C._cuda_getDevice() == device:
+        kernel(*arguments, device, stream)
+    else:
+        with torch.cuda.device(device):
+            kernel(*arguments, device, stream)
+
+
 def cuda_run(
     fills: bytes,
     table: int,
@@ -141,12 +151,7 @@ def cuda_run(
 ) -> None:
     """Launch `count` packed fills, given as bytes or an address, on the current stream."""
     global native_fills
-    arguments = (fills, table, count, tiles, sources, progress, device, cuda_stream(device))
-    if torch._C._cuda_getDevice() == device:
-        _cuda.run(*arguments)
-    else:
-        with torch.cuda.device(device):
-            _cuda.run(*arguments)
+    _launch(_cuda.run, device, fills, table, count, tiles, sources, progress)
     native_fills += count
 
 
@@ -160,9 +165,4 @@ def cuda_run_qr(
     step: int, packed: bytes, grid: tuple[int, int], threads: int, shared: int, device: int
 ) -> None:
     """Launch one step towards orthonormal columns on the current stream; see csrc/cuda/qr.h."""
-    arguments = (step, packed, *grid, threads, shared, device, cuda_stream(device))
-    if torch._C._cuda_getDevice() == device:
-        _cuda.run_qr(*arguments)
-    else:
-        with torch.cuda.device(device):
-            _cuda.run_qr(*arguments)
+    _launch(_cuda.run_qr, device, step, packed, *grid, threads, shared)

@@ -95,10 +95,7 @@ def _list(name: str, tensors: list[Tensor]) -> Case:
 def _haar(name: str, tensors: list[Tensor]) -> Case:
     """torch's orthogonal_ beside the same law without factoring, which has other numbers."""
     matrices = [m for t in tensors for m in (t if t.dim() == 3 else [t])]
-    sizes = [
-        t.shape[:-2].numel() * qr.packed_items(max(t.shape[-2:]), min(t.shape[-2:]))
-        for t in tensors
-    ]
+    sizes = [t.shape[:-2].numel() * qr.packed_items(*t.shape[-2:]) for t in tensors]
 
     def fill(f: object) -> None:
         if f is not fastinit:

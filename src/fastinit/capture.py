@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastinit import execute, operators, plan, probe, source
+from fastinit import execute, operators, plan, probe, qr, source
 from fastinit.mode import Mode
 from fastinit.operators import PLAIN, leaves
 from fastinit.report import Report, Written, caller
@@ -194,9 +194,7 @@ class Capture(Mode):
         """False: it cannot wait."""
         if fill.device >= 0 and not plan.is_here(fill.tensor):  # a graph is captured
             return False
-        if fill.op in ("normal_pairs", "trunc_normal") or not self._may_wait():
-            return False
-        if fill.op == "orthogonal" and fill.items < 16:  # whose normals are pairs
+        if qr.numbers_of(fill).op in ("normal_pairs", "trunc_normal") or not self._may_wait():
             return False
         t = fill.tensor
         size, begin = t.element_size(), int(t.storage_offset())

@@ -12,7 +12,6 @@ from fastinit import backend, plan, qr, source
 from fastinit.plan import DTYPES, Fill
 
 _OP_CODE = {op: code for code, op in enumerate(plan.OPS)}
-_OP_CODE["orthogonal"] = _OP_CODE["normal"]
 _PACK = struct.Struct("<QQddddQiBBBB8q")  # FillDesc of csrc/plan.h
 
 
@@ -22,8 +21,8 @@ def words_drawn(fill: Fill, cached: bool) -> int:
     per_item = 2 if fill.tensor.dtype is torch.float64 else 1
     if fill.op == "uniform":
         return n * per_item
-    if fill.op in ("normal", "orthogonal"):  # the last 16 elements are drawn again if some are left
-        if fill.tensor.element_size() == 2 and fill.op == "normal":
+    if fill.op == "normal":  # the last 16 elements are drawn again if the size is no multiple
+        if fill.tensor.element_size() == 2:
             return (n + 15) // 16 * 16
         return (n + (16 if n % 16 else 0)) * per_item
     if fill.op == "normal_pairs":
@@ -69,11 +68,9 @@ class _Stage:
         if fill.op != "orthogonal":
             return self._put(fill, True)
         normals = qr.gaussian_of(fill)
-        in_place = normals is fill.tensor
-        drawn = fill if in_place and fill.items >= 16 else plan.normals_of(fill, normals)
-        self._put(drawn, False)
+        self._put(plan.normals_of(fill, normals), False)
         out = plan.address_of(fill.tensor)
-        if not in_place:
+        if normals is not fill.tensor:
             self._make_room(plan.extent(fill), fill, False)
             self._scratch += normals.nbytes
         self._jobs.append(qr.job(fill, plan.address_of(normals), out, normals))
@@ -169,9 +166,9 @@ class _Runner:
 
 def is_known(fill: Fill) -> bool:
     """Whether what it draws does not depend on values, nor needs memory that is not its own."""
-    if fill.op == "orthogonal":
-        return fill.items >= 16 and qr.gaussian_dtype(fill.tensor.dtype) is fill.tensor.dtype
-    return fill.op not in ("normal_pairs", "trunc_normal")
+    drawn = qr.numbers_of(fill)
+    in_place = drawn is fill or drawn.tensor.dtype is fill.tensor.dtype
+    return in_place and drawn.op not in ("normal_pairs", "trunc_normal")
 
 
 class Batch:
@@ -203,7 +200,7 @@ class Batch:
 def draw_ahead(fill: Fill, scratch: torch.Tensor) -> torch.Tensor:
     """Move its generator on as if it had been filled; the generator's state before."""
     assert fill.generator is not None
-    return source.draw_ahead(fill.generator, words_drawn(fill, False), scratch)
+    return source.draw_ahead(fill.generator, words_drawn(qr.numbers_of(fill), False), scratch)
 
 
 def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:

@@ -369,6 +369,14 @@ class Batch:
             bumps[i] += n > 1  # torch copies the result of later rounds
 
 
+def run(fills: Sequence[Fill], bumps: list[int]) -> None:
+    """Do the fills as if torch had done them one by one; `bumps`: of the tensors' versions."""
+    for part in within_memory(fills):
+        of_part: list[int] = []
+        Batch(fills[part]).run(of_part)
+        bumps += of_part
+
+
 def stream(fill: Fill) -> int:
     """On which it is asked for now."""
     return backend.cuda_stream(fill.device)
@@ -379,9 +387,7 @@ def draw_ahead(fill: Fill) -> tuple[int, int]:
     assert fill.generator is not None
     if fill.op == "sparse":
         fill.mask = _draw_mask(fill)
-    numbers = fill
-    if fill.op == "orthogonal":
-        numbers = plan.normals_of(fill, plan.NO_TENSOR[qr.gaussian_dtype(fill.tensor.dtype)])
+    numbers = qr.numbers_of(fill)
     drawn = blocks_drawn(numbers, pieces(numbers))
     with source.lock_of(fill.generator):
         seed, block = source.philox(fill.generator)

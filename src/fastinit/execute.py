@@ -20,10 +20,7 @@ def run(fills: Sequence[Fill], progress: bool | None = None) -> None:
             if group[0].device < 0:
                 cpu.run(group, bumps, progress)
             else:
-                for part in cuda.within_memory(group):
-                    of_part: list[int] = []
-                    cuda.Batch(group[part]).run(of_part)
-                    bumps += of_part
+                cuda.run(group, bumps)
         finally:
             count_versions(group, bumps)
 

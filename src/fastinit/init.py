@@ -85,7 +85,7 @@ def _pass_on(function: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Ten
         with source.default_lock if generator is None else source.lock_of(generator):
             return function(tensor, *args)
     call = functools.partial(function, tensor, *args)
-    overwrites = function in (_orthogonal, _orthogonal_batched, _torch.orthogonal_)
+    overwrites = function in (_orthogonal, _torch.orthogonal_)
     recorder.call(call, tensor, overwrites)
     return tensor
 
@@ -405,7 +405,10 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
     native = plan.accepts(tensor, inference=True) and plan.device_of(tensor) < 0
     rows = tensor.shape[0]
     native = native and not plan.is_narrow(rows, tensor.numel() // rows, tensor.dtype)
-    return _pass_on(_orthogonal if native else _torch.orthogonal_, tensor, gain, generator)
+    if native:
+        flat = (rows, tensor.numel() // rows)
+        return _pass_on(_orthogonal, tensor, flat, gain, generator)
+    return _pass_on(_torch.orthogonal_, tensor, gain, generator)
 
 
 def orthogonal_batched_(
@@ -437,22 +440,20 @@ def orthogonal_batched_(
         count = tensor.numel() // (rows * cols)
         if _run(plan.orthogonal(tensor, gain, generator, rows, count)):
             return tensor
-    return _pass_on(_orthogonal_batched, tensor, gain, generator)
+    return _pass_on(_orthogonal, tensor, tensor.shape, gain, generator)
 
 
-def _orthogonal(tensor: Tensor, gain: float, generator: Generator | None) -> Tensor:
-    """For what is no plain memory to write to: in memory of its own, and copied."""
-    rows = tensor.shape[0]
+def _orthogonal(
+    tensor: Tensor, shape: Sequence[int], gain: float, generator: Generator | None
+) -> Tensor:
+    """For what is no plain memory to write to: in memory of its own, and copied.
+
+    `shape`: (..., rows, cols), as which the tensor is seen.
+    """
     with torch.no_grad():
-        q, rest = _factor((rows, tensor.numel() // rows), tensor, gain, generator)
+        q, rest = _factor(shape, tensor, gain, generator)
         tensor.view_as(q).copy_(q)
         return tensor.mul_(rest)  # torch counts two versions
-
-
-def _orthogonal_batched(tensor: Tensor, gain: float, generator: Generator | None) -> Tensor:
-    with torch.no_grad():
-        q, rest = _factor(tensor.shape, tensor, gain, generator)
-        return tensor.copy_(q).mul_(rest)
 
 
 def _factor(

@@ -30,6 +30,10 @@ _MOVED = (
 )
 
 
+# What depends on more of a tensor's shape than its extent.
+_OF_MATRICES = ("orthogonal", "diagonal", "sparse_mask", "sparse")
+
+
 class Plan:
     """Fills that are recorded first and run together, in the order they were recorded.
 
@@ -67,12 +71,7 @@ class Plan:
         for fill in fills:
             fill.extent = plan.extent(fill)
             self._on_gpu |= fill.device >= 0
-            if fill.op in (
-                "orthogonal",
-                "diagonal",
-                "sparse_mask",
-                "sparse",
-            ):  # of rows and columns
+            if fill.op in _OF_MATRICES:
                 self.keep([fill.tensor])
         self._steps.append(fills)
         self._prepared = self._packed = None

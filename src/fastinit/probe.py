@@ -42,18 +42,14 @@ def proved(fill: plan.Fill | None) -> plan.Fill | None:
     """The fill with its flavour, or None if torch has to do it."""
     if fill is None or fill.tensor.dtype not in plan.DTYPES:
         return None
-    dtype, device = fill.tensor.dtype, fill.device
-    op, drawn = fill.op, fill
-    if op == "orthogonal":  # the factors are not torch's to the bit, what is factored is
-        dtype = qr.gaussian_dtype(dtype)
-        drawn = plan.normals_of(fill, plan.NO_TENSOR[dtype])
-        op = drawn.op
+    drawn = qr.numbers_of(fill)  # factors are not torch's to the bit, what is factored is
+    dtype, device = drawn.tensor.dtype, fill.device
     if fill.rests_on and verdict(fill.rests_on, dtype, "contiguous", device) is None:
         return None
     layout = fill.layout
     if device >= 0 and fill.generator is not None and len(cuda.pieces(drawn)) > 1:
         layout = "split"
-    flavour = verdict(op, dtype, layout, device)
+    flavour = verdict(drawn.op, dtype, layout, device)
     if flavour is None:
         return None
     fill.flavour = flavour
@@ -268,11 +264,9 @@ def _explain(
         flavour = verdict(op, dtype, layout, device)
     if flavour is None:
         return "torch", "bits differ from torch's here, or torch lacks the operator"
-    if device >= 0 and function == "orthogonal_":
-        return "native", "equal up to rounding"
-    if device >= 0:
-        return "native", f"equal bits{', by erfinv as torch before 2.12' * (op == 'trunc_erfinv')}"
     what = "equal up to rounding" if function == "orthogonal_" else "equal bits"
+    if device >= 0:
+        return "native", what + ", by erfinv as torch before 2.12" * (op == "trunc_erfinv")
     wide = dtype is torch.float64 or op == "normal_pairs"
     maths = ", libm" if wide or flavour != 3 else ", AVX2 polynomials"
     return "native", what + (maths if op.startswith(("normal", "trunc")) else "")

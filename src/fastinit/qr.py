@@ -11,13 +11,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastinit import backend, plan
 from fastinit.plan import DTYPES, Fill
+from fastinit.progress import bar as new_bar
 
 SCRATCH = 1 << 28  # bytes of Gaussian matrices that are not made where the result goes
 _PACK = struct.Struct("<2Q3qd2B6x")  # MatrixDesc of csrc/cpu/qr.h
@@ -47,6 +48,13 @@ class Job(NamedTuple):
 def gaussian_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which the normals are drawn, and the factors of all but the smallest computed."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def numbers_of(fill: Fill) -> Fill:
+    """What a fill draws: of an orthogonal one, normals for no tensor in particular."""
+    if fill.op != "orthogonal":
+        return fill
+    return plan.normals_of(fill, plan.NO_TENSOR[gaussian_dtype(fill.tensor.dtype)])
 
 
 def gaussian_of(fill: Fill, tensor: Tensor | None = None) -> Tensor:
@@ -79,9 +87,9 @@ def run(jobs: Sequence[Job], progress: bool | None = None) -> None:
             done += sum(j.operations for j in batch)
             expected = (time.perf_counter() - start) * total / done
             if progress and bar is None and expected > _SOON and done < total:
-                bar = _bar(
-                    sum(j.matrices for j in jobs), sum(j.matrices for b in batches[:i] for j in b)
-                )
+                before = sum(j.matrices for b in batches[:i] for j in b)
+                count, what = sum(j.matrices for j in jobs), "fastinit: orthogonal_"
+                bar = new_bar(count, "matrices", initial=before, desc=what)
             if bar is not None:
                 bar.update(sum(j.matrices for j in batch))
     finally:
@@ -112,10 +120,7 @@ def _part(j: Job, first: int, count: int) -> Job:
     if count == j.matrices:
         return j
     items = j.rows * j.cols
-    given = items
-    if j.direct:
-        small, large = sorted((j.rows, j.cols))
-        given = packed_items(large, small)
+    given = packed_items(j.rows, j.cols) if j.direct else items
     return j._replace(
         gaussian=j.gaussian + first * given * gaussian_dtype(j.dtype).itemsize,
         out=j.out + first * items * j.dtype.itemsize,
@@ -123,8 +128,9 @@ def _part(j: Job, first: int, count: int) -> Job:
     )
 
 
-def packed_items(m: int, n: int) -> int:
-    """Entries of the lower trapezoid of an m x n matrix, m >= n."""
+def packed_items(rows: int, cols: int) -> int:
+    """Entries of the lower trapezoid of a matrix, transposed if it has more columns than rows."""
+    n, m = sorted((rows, cols))
     return n * (n + 1) // 2 + (m - n) * n
 
 
@@ -149,14 +155,6 @@ def _run(batch: Sequence[Job], later: Sequence[Sequence[Job]]) -> None:
         raise
 
 
-def _bar(count: int, done: int) -> Any:
-    try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
-    except ImportError:
-        return None
-    return tqdm(total=count, initial=done, unit=" matrices", desc="fastinit: orthogonal_")
-
-
 def factor_(matrices: Tensor, gain: float) -> None:
     """Replace each matrix of a contiguous CPU tensor, shape (..., rows, cols), by gain times its
     orthogonal factor."""
@@ -174,9 +172,9 @@ def write_haar_(tensor: Tensor, gaussian: Tensor, gain: float = 1.0) -> Tensor:
 
     Args:
         tensor: shape (..., rows, cols) of the four dtypes; each matrix gets its own
-        gaussian: the columns of the reflectors, N(0, 1), for each matrix `packed_items(m, n)`
-            values, m = max(rows, cols) and n = min(rows, cols): row i of the lower trapezoid holds
-            min(i + 1, n); float64 for float64, otherwise float32
+        gaussian: the columns of the reflectors, N(0, 1), for each matrix `packed_items(rows, cols)`
+            values: row i of the lower trapezoid holds min(i + 1, n), n = min(rows, cols); float64
+            for float64, otherwise float32
         gain: scaling factor
     """
     run([haar_job(tensor, gaussian, gain)])
@@ -188,7 +186,7 @@ def haar_job(tensor: Tensor, gaussian: Tensor, gain: float) -> Job:
     """See `write_haar_`."""
     rows, cols = tensor.shape[-2:]
     count = tensor.numel() // (rows * cols)
-    need = count * packed_items(max(rows, cols), min(rows, cols))
+    need = count * packed_items(rows, cols)
     right = gaussian.dtype is gaussian_dtype(tensor.dtype) and gaussian.numel() == need
     if not (right and tensor.is_contiguous() and gaussian.is_contiguous() and tensor.is_cpu):
         raise ValueError(f"write_haar_ needs {need} packed normals, and contiguous CPU tensors")

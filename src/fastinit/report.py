@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastinit import plan
+from fastinit import plan, progress
 from fastinit.plan import Fill
 
 _HERE = os.path.dirname(__file__) + os.sep
@@ -113,7 +113,9 @@ class Report:
         elements = sum(f.items for f in fills)
         if reader is not None and elements and len(self.early) < _MOST_LINES:
             self.early.append(Early(str(reader), _line(), elements))
-        bar = _bar(elements) if self.progress and reader is None else None
+        bar = None
+        if self.progress and reader is None:
+            bar = progress.bar(elements, "elements", unit_scale=True, desc="fastinit")
         start = time.perf_counter()
         try:
             yield (lambda n: None) if bar is None else bar.update
@@ -266,11 +268,3 @@ def _call(fill: Written, shape: tuple[int, ...]) -> str:
         if name.startswith("xavier") or "mode=fan_out" in shown:
             shown.append(f"fan_out={shape[0] * space}")
     return f"{name}({', '.join(shown)})"
-
-
-def _bar(elements: int) -> Any:
-    try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
-    except ImportError:
-        return None
-    return tqdm(total=elements, unit=" elements", unit_scale=True, desc="fastinit")
