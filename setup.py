@@ -27,7 +27,7 @@ FLAGS = (
 )
 # As torch's own kernels are compiled: where a law needs a rounding of its own, it says so.
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
-CPU_SOURCES = ["module.cpp", "run.cpp", "jump.cpp", "qr.cpp", "targets.cpp"]
+CPU_SOURCES = ["module.cpp", "run.cpp", "keyed.cpp", "jump.cpp", "qr.cpp", "targets.cpp"]
 CUDA_SOURCES = ["module.cpp", "fill.cu", "qr.cu"]
 ARCHITECTURES = ("80", "90", "100", "120")  # A100, H100 and H200, B200, RTX 50; PTX for later ones
 NAMES = {"ampere": "8.0;8.6", "ada": "8.9", "hopper": "9.0", "blackwell": "10.0;12.0"}

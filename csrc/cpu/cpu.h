@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../keyed.h"
 #include "../plan.h"
 #include "jump.h"
 #include "qr.h"
@@ -23,8 +24,6 @@ struct Words {
   uint64_t position() const { return base + pos; }
 };
 
-constexpr uint64_t kHugePage = 2 << 20;
-
 struct Target {
   const char* name;
   bool (*supported)();
@@ -43,6 +42,8 @@ struct Target {
                           uint16_t* pending, bool first_round);
   // As one of the team that works on a matrix. False: abandoned.
   bool (*orthonormalize)(const MatrixDesc&, void* work, Team&, int worker);
+  // Writes items [begin, end) of a keyed fill.
+  void (*fill_keyed)(const KeyedFill&, uint64_t begin, uint64_t end, bool stream);
 };
 
 const Target* targets(int* count);            // the compiled ones, best first
@@ -65,6 +66,9 @@ bool run_fills(const Target&, const FillDesc*, int64_t count, Source*, int64_t s
                const Control&);
 // Runs one trunc_normal fill. Returns how often torch draws the whole tensor; 0 if interrupted.
 uint64_t run_trunc(const Target&, const FillDesc&, TorchState*, const Control&);
+
+// Runs keyed fills that touch different memory. False if interrupted: they are partly written.
+bool run_keyed(const Target&, const KeyedFill*, int64_t count, const Control&);
 
 // Moves a generator on by so many words.
 void advance(const Target&, TorchState*, uint64_t words);

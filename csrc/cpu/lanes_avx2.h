@@ -105,6 +105,50 @@ FI_INLINE void load_pairs(const uint32_t* p, U& first, U& second) {
 }
 FI_INLINE void join_pairs(F&, F&) {}
 
+// The keyed stream.
+constexpr int kBlocks = 4;
+constexpr int kParts = 1;
+using W = __m256i;
+FI_INLINE W count_from(uint64_t block) {
+  return _mm256_add_epi64(_mm256_set1_epi64x((long long)block), _mm256_set_epi64x(3, 1, 2, 0));
+}
+FI_INLINE W load_blocks(const uint64_t* p) {
+  return _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i*)p), 0xd8);
+}
+FI_INLINE W all(uint64_t v) { return _mm256_set1_epi64x((long long)v); }
+FI_INLINE W product(W v, uint32_t by) {
+  return _mm256_mul_epu32(v, _mm256_set1_epi64x((long long)by));
+}
+FI_INLINE W upper(W v) { return _mm256_srli_epi64(v, 32); }
+FI_INLINE W mix(W a, W b, uint32_t key) { return a ^ b ^ words(key); }
+FI_INLINE void pair(W a, W b, U* out) {
+  *out = _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xaa);
+}
+FI_INLINE void zip(F x, F y, F& low, F& high) {
+  low = _mm256_unpacklo_ps(x, y);
+  high = _mm256_unpackhi_ps(x, y);
+}
+FI_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+FI_INLINE F plus(F a, F b) { return _mm256_add_ps(a, b); }
+FI_INLINE F quotient(F a, F b) { return _mm256_div_ps(a, b); }
+FI_INLINE F smaller(F a, F b) { return _mm256_min_ps(a, b); }
+FI_INLINE F larger(F a, F b) { return _mm256_max_ps(a, b); }
+FI_INLINE F if_less(F a, F b, F yes, F no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+template <bool kStream>
+FI_INLINE void put_row(float* p, F low, F high) {
+  put_f32<kStream>(p, low, high);
+}
+template <bool kStream>
+FI_INLINE void put_row_bf16(uint16_t* p, F low, F high) {
+  put_bf16<kStream>(p, low, high);
+}
+template <bool kStream>
+FI_INLINE void put_row_f16(uint16_t* p, F low, F high) {
+  put_f16<kStream>(p, low, high);
+}
+
 // Vectors for products.
 template <class T>
 using Wide = typename WideOf<T, 32>::type;

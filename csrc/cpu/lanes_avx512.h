@@ -114,6 +114,54 @@ FI_INLINE void join_pairs(F& first, F& second) {
   first = low;
 }
 
+// The keyed stream.
+constexpr int kBlocks = 8;
+constexpr int kParts = 1;
+using W = __m512i;
+FI_INLINE W count_from(uint64_t block) {
+  const W order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+  return _mm512_add_epi64(_mm512_set1_epi64((long long)block), order);
+}
+FI_INLINE W load_blocks(const uint64_t* p) {
+  const W order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+  return _mm512_permutexvar_epi64(order, _mm512_loadu_si512(p));
+}
+FI_INLINE W all(uint64_t v) { return _mm512_set1_epi64((long long)v); }
+FI_INLINE W product(W v, uint32_t by) {
+  return _mm512_mul_epu32(v, _mm512_set1_epi64((long long)by));
+}
+FI_INLINE W upper(W v) { return _mm512_srli_epi64(v, 32); }
+FI_INLINE W mix(W a, W b, uint32_t key) {
+  return _mm512_ternarylogic_epi64(a, b, words(key), 0x96);
+}
+FI_INLINE void pair(W a, W b, U* out) {
+  *out = _mm512_mask_shuffle_epi32(a, 0xaaaa, b, (_MM_PERM_ENUM)0xa0);
+}
+FI_INLINE void zip(F x, F y, F& low, F& high) {
+  low = _mm512_unpacklo_ps(x, y);
+  high = _mm512_unpackhi_ps(x, y);
+}
+FI_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+FI_INLINE F plus(F a, F b) { return _mm512_add_ps(a, b); }
+FI_INLINE F quotient(F a, F b) { return _mm512_div_ps(a, b); }
+FI_INLINE F smaller(F a, F b) { return _mm512_min_ps(a, b); }
+FI_INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }
+FI_INLINE F if_less(F a, F b, F yes, F no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+template <bool kStream>
+FI_INLINE void put_row(float* p, F low, F high) {
+  put_f32<kStream>(p, low, high);
+}
+template <bool kStream>
+FI_INLINE void put_row_bf16(uint16_t* p, F low, F high) {
+  put_bf16<kStream>(p, low, high);
+}
+template <bool kStream>
+FI_INLINE void put_row_f16(uint16_t* p, F low, F high) {
+  put_f16<kStream>(p, low, high);
+}
+
 // Vectors for products.
 template <class T>
 using Wide = typename WideOf<T, 64>::type;

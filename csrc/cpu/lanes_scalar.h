@@ -118,6 +118,47 @@ FI_INLINE void load_pairs(const uint32_t* p, U& first, U& second) {
 }
 FI_INLINE void join_pairs(F&, F&) {}
 
+// The keyed stream. A step is kBlocks blocks of Philox, one in each 64-bit lane of a W, of which
+// only the lower half counts; the words of kParts vectors of each are taken together.
+constexpr int kBlocks = 1;
+constexpr int kParts = 2;
+using W = uint64_t;
+FI_INLINE W count_from(uint64_t block) { return block; }   // in the order that `zip` restores
+FI_INLINE W load_blocks(const uint64_t* p) { return *p; }  // likewise
+FI_INLINE W all(uint64_t v) { return v; }
+FI_INLINE W product(W v, uint32_t by) { return uint64_t{static_cast<uint32_t>(v)} * by; }
+FI_INLINE W upper(W v) { return v >> 32; }
+FI_INLINE W mix(W a, W b, uint32_t key) { return a ^ b ^ key; }
+FI_INLINE void pair(W a, W b, U* out) {  // words of a and b in turn
+  out[0] = static_cast<U>(a);
+  out[1] = static_cast<U>(b);
+}
+FI_INLINE void zip(F x, F y, F& low, F& high) {  // what `pair`ed words became, in their order
+  low = x;
+  high = y;
+}
+FI_INLINE F mul(F a, F b) { return a * b; }
+FI_INLINE F plus(F a, F b) { return a + b; }
+FI_INLINE F quotient(F a, F b) { return a / b; }
+FI_INLINE F smaller(F a, F b) { return a < b ? a : b; }
+FI_INLINE F larger(F a, F b) { return a > b ? a : b; }
+FI_INLINE F if_less(F a, F b, F yes, F no) { return a < b ? yes : no; }
+template <bool kStream>
+FI_INLINE void put_row(float* p, F low, F high) {
+  p[0] = low;
+  p[1] = high;
+}
+template <bool kStream>
+FI_INLINE void put_row_bf16(uint16_t* p, F low, F high) {
+  p[0] = static_cast<uint16_t>(bits(low) >> 16);
+  p[1] = static_cast<uint16_t>(bits(high) >> 16);
+}
+template <bool kStream>
+FI_INLINE void put_row_f16(uint16_t* p, F low, F high) {
+  p[0] = code_f16(low);
+  p[1] = code_f16(high);
+}
+
 // Vectors of float or double for products; + - * / of the compiler's vector extension besides.
 template <class T>
 using Wide = typename WideOf<T, 16>::type;

@@ -104,6 +104,20 @@ void orthonormalize_all(const py::bytes& packed, const py::buffer& written, int 
   if (!all) throw py::error_already_set();
 }
 
+void fill_keyed(const py::bytes& packed, int threads) {
+  const std::vector<KeyedFill> fills = unpack<KeyedFill>(packed);
+  for (const KeyedFill& d : fills) {
+    if (d.rank < 1 || d.rank > kMostDims) throw py::value_error("not a packed plan");
+  }
+  const Target& target = active_target();
+  bool done;
+  {
+    py::gil_scoped_release unlocked;
+    done = run_keyed(target, fills.data(), static_cast<int64_t>(fills.size()), control_of(threads));
+  }
+  if (!done) throw py::error_already_set();
+}
+
 void copy_advanced(uint64_t from, uint64_t to, uint64_t words) {
   const Target& target = active_target();
   TorchState* state = reinterpret_cast<TorchState*>(to);
@@ -132,6 +146,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Fills of CPU memory with torch's numbers. Addresses are the caller's responsibility.";
   m.attr("FILL_SIZE") = sizeof(FillDesc);
   m.attr("MATRIX_SIZE") = sizeof(MatrixDesc);
+  m.attr("KEYED_SIZE") = sizeof(KeyedFill);
   m.attr("STATE_SIZE") = sizeof(TorchState);
   m.attr("COMPILER") = FASTINIT_COMPILER;
   m.def("run", &run, py::arg("fills"), py::arg("states"), py::arg("words_drawn"),
@@ -139,6 +154,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("run_trunc", &run_truncated, py::arg("fill"), py::arg("state"), py::arg("threads"));
   m.def("orthonormalize", &orthonormalize_all, py::arg("matrices"), py::arg("written"),
         py::arg("threads"));
+  m.def("run_keyed", &fill_keyed, py::arg("fills"), py::arg("threads"));
   m.def("advance", &copy_advanced, py::arg("state"), py::arg("to"), py::arg("words"));
   m.def("jumps", &jumps_made);
   m.def("targets", &list_targets);

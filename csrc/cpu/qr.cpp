@@ -4,7 +4,7 @@
 
 #include "qr.h"
 
-#include <sys/mman.h>
+#include "pages.h"
 
 #include <algorithm>
 #include <cstdlib>

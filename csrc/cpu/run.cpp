@@ -2,26 +2,21 @@
 // Runs plans: divides the items of all fills between threads, by cost and in order, so that each
 // thread moves forward once through each generator's words. Results do not depend on the division.
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "cpu.h"
 #include "cursor.h"
+#include "pages.h"
 #include "threads.h"
 
 namespace fastinit {
 namespace {
 
-constexpr uint64_t kTile = 4096;            // items; a multiple of 16 and of all vectors
-constexpr uint64_t kSparseTile = 64;        // columns
-constexpr uint64_t kStreamBytes = 8 << 20;  // larger plans bypass the caches
-constexpr double kTouchCost = 0.17;         // ns per byte of fresh memory in huge pages
-constexpr uint64_t kTouched = 1 << 20;      // bytes; less is not worth three system calls
-constexpr int64_t kCursors = 16;            // of a worker; sources beyond that share them
+constexpr uint64_t kTile = 4096;      // items; a multiple of 16 and of all vectors
+constexpr uint64_t kSparseTile = 64;  // columns
+constexpr int64_t kCursors = 16;      // of a worker; sources beyond that share them
 
 uint64_t tile_of(const FillDesc& d) { return d.op == Op::sparse_mask ? kSparseTile : kTile; }
 
@@ -60,44 +55,6 @@ uint64_t words_before(const FillDesc& d, uint64_t item) {
 
 uint64_t bytes_of(const FillDesc& d) {
   return d.items * static_cast<uint64_t>(element_size(d.dtype));
-}
-
-// Whether nobody has touched the memory yet. Three pages are looked at, not all.
-bool is_fresh(uint64_t address, uint64_t bytes) {
-#ifdef __linux__
-  const uint64_t page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
-  const uint64_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (bytes < kTouched) return false;
-  for (const uint64_t at : {begin, begin + (end - begin) / 2 / page * page, end - page}) {
-    unsigned char resident = 1;
-    if (mincore(reinterpret_cast<void*>(at), page, &resident) != 0 || (resident & 1)) return false;
-  }
-  return true;
-#else
-  return address == 0 && bytes == 0;
-#endif
-}
-
-// Asks for huge pages where fresh memory is written in long ranges: first touch is then three to
-// four times cheaper. Tensors that an allocator placed side by side count as one range.
-void ask_for_huge_pages(std::vector<std::pair<uint64_t, uint64_t>> fresh) {
-#ifdef MADV_HUGEPAGE
-  constexpr uint64_t kGap = 8192;  // the allocator's headers, alignment, small neighbours
-  std::sort(fresh.begin(), fresh.end());
-  for (size_t i = 0; i < fresh.size();) {
-    uint64_t begin = fresh[i].first, end = fresh[i].second;
-    for (++i; i < fresh.size() && fresh[i].first <= end + kGap; ++i) {
-      end = std::max(end, fresh[i].second);
-    }
-    // Rounded outwards: what else lies in the first and the last page is, in most cases, the next
-    // tensor. The kernel makes no huge page across the border of a mapping.
-    begin = begin / kHugePage * kHugePage;
-    end = (end + kHugePage - 1) / kHugePage * kHugePage;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
-#else
-  fresh.clear();
-#endif
 }
 
 struct Place {  // in the concatenation of all tiles of all fills

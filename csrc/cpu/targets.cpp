@@ -10,12 +10,15 @@
 #include <type_traits>
 #include <utility>
 
+#include "../keyed.h"
 #include "cpu.h"
 #include "lanes_scalar.h"
 #ifdef FI_X86
 #include "lanes_avx2.h"
 #include "lanes_avx512.h"
 #endif
+
+#define FI_LAW FI_INLINE  // laws.inl.h
 
 // Everything per target lives in an unnamed namespace: no inline function of one target may be
 // merged with its namesake of another.
@@ -28,6 +31,9 @@ namespace {
 #include "trunc.inl.h"
 #include "stripes.inl.h"
 #include "qr.inl.h"
+#include "doubles.inl.h"
+#include "../laws.inl.h"
+#include "keyed.inl.h"
 }  // namespace
 }  // namespace scalar
 
@@ -41,6 +47,9 @@ namespace {
 #include "trunc.inl.h"
 #include "stripes.inl.h"
 #include "qr.inl.h"
+#include "doubles.inl.h"
+#include "../laws.inl.h"
+#include "keyed.inl.h"
 }  // namespace
 }  // namespace avx2
 FI_END_TARGET
@@ -54,6 +63,9 @@ namespace {
 #include "trunc.inl.h"
 #include "stripes.inl.h"
 #include "qr.inl.h"
+#include "doubles.inl.h"
+#include "../laws.inl.h"
+#include "keyed.inl.h"
 }  // namespace
 }  // namespace avx512
 FI_END_TARGET
@@ -75,11 +87,12 @@ bool has_avx512() {
 const Target kTargets[] = {
 #ifdef FI_X86
     {"avx512", has_avx512, avx512::skip, avx512::jump, avx512::fill, avx512::trunc_round,
-     avx512::orthonormalize},
-    {"avx2", has_avx2, avx2::skip, avx2::jump, avx2::fill, avx2::trunc_round, avx2::orthonormalize},
+     avx512::orthonormalize, avx512::fill_keyed},
+    {"avx2", has_avx2, avx2::skip, avx2::jump, avx2::fill, avx2::trunc_round, avx2::orthonormalize,
+     avx2::fill_keyed},
 #endif
     {"scalar", [] { return true; }, scalar::skip, scalar::jump, scalar::fill, scalar::trunc_round,
-     scalar::orthonormalize},
+     scalar::orthonormalize, scalar::fill_keyed},
 };
 
 }  // namespace

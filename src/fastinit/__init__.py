@@ -38,6 +38,7 @@ from fastinit.init import zeros_ as zeros_
 from fastinit.install import install as install
 from fastinit.install import installed as installed
 from fastinit.install import uninstall as uninstall
+from fastinit.key import Key as Key
 from fastinit.materialize import materialize_ as materialize_
 from fastinit.model import Plan as Plan
 from fastinit.model import init_model_ as init_model_
@@ -46,7 +47,17 @@ from fastinit.report import Report as Report
 
 __all__ = [  # torch's own come first
     *__all__,
-    *("Plan", "Report", "fused", "init_model_", "install", "installed", "materialize_", "record"),
+    *(
+        "Key",
+        "Plan",
+        "Report",
+        "fused",
+        "init_model_",
+        "install",
+        "installed",
+        "materialize_",
+        "record",
+    ),
     *("orthogonal_batched_", "uninstall"),
 ]
 __version__ = "0.4.0"

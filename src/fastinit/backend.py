@@ -55,6 +55,13 @@ def run_trunc(packed: bytes, state: int) -> int:
     return rounds
 
 
+def run_keyed(packed: bytes) -> None:
+    """Run packed fills of the keyed stream in CPU memory."""
+    global native_fills
+    _cpu.run_keyed(packed, torch.get_num_threads())
+    native_fills += len(packed) // _cpu.KEYED_SIZE
+
+
 def orthonormalize(packed: bytes, written: bytearray) -> None:
     """Write packed matrices of CPU memory; `written` gets a byte for each that is."""
     _cpu.orthonormalize(packed, written, torch.get_num_threads())

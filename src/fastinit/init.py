@@ -22,7 +22,8 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 from torch.nn import init as _torch_init
 
-from fastinit import backend, execute, plan, probe, qr, source
+from fastinit import backend, execute, keyed, plan, probe, qr, source
+from fastinit.key import Key
 
 # fmt: off
 __all__ = [  # torch's order; older torch.nn.init has no such list
@@ -41,16 +42,19 @@ _torch_trunc_normal = _torch_init._no_grad_trunc_normal_
 _calculate_fan_in_and_fan_out = _torch_init._calculate_fan_in_and_fan_out
 _calculate_correct_fan = _torch_init._calculate_correct_fan
 
+_DRAW_NOTHING = ("constant_", "ones_", "zeros_", "eye_", "dirac_")
+_Block = tuple[Sequence[int] | None, Sequence[int] | None]  # global_shape, offset
 _PLAIN = frozenset((Tensor, Parameter))
 _CONSTANT = 512  # times as many elements until torch's own fill_ costs more than a look at it
 
 
-def _is_large(t: Any, at_least: int = 1) -> bool:
+def _is_large(t: Any, whole: object = None, at_least: int = 1) -> bool:
     """Worth a look: a plain tensor, of some size unless it is one of many, and nobody watches.
 
+    `whole`: what it is a part of; parts are never filled with torch's numbers.
     `at_least`: in units of what a simple fill has to have; 0: any element at all.
     """
-    if type(t) not in _PLAIN or torch._C._len_torch_function_stack() != 0:
+    if whole is not None or type(t) not in _PLAIN or torch._C._len_torch_function_stack() != 0:
         return False  # before t.numel() would be seen
     n = t.numel()
     recorder = plan.this_thread.recorder
@@ -77,17 +81,30 @@ def _run(*fills: plan.Fill | None) -> bool:
     return True
 
 
-def _pass_on(function: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Tensor:
-    """Call torch's function, or record the call."""
+def _pass_on(
+    function: Callable[..., Tensor], tensor: Tensor, *args: Any, block: _Block = (None, None)
+) -> Tensor:
+    """Call torch's function, or record the call; or fill with the numbers of a Key."""
     recorder = plan.this_thread.recorder
+    generator = args[-1] if args else None  # it comes last
+    if type(generator) is Key or block[0] is not None or block[1] is not None:
+        return _fill_keyed(function.__name__, tensor, args, *block)
     if recorder is None:
-        generator = args[-1] if args else None  # it comes last
         with source.default_lock if generator is None else source.lock_of(generator):
             return function(tensor, *args)
     call = functools.partial(function, tensor, *args)
     overwrites = function in (_orthogonal, _torch.orthogonal_)
     recorder.call(call, tensor, overwrites)
     return tensor
+
+
+def _fill_keyed(
+    function: str, tensor: Tensor, args: Sequence[Any], *block: Sequence[int] | None
+) -> Tensor:
+    """`args`: with the generator last, if the function has one."""
+    key = args[-1] if args and type(args[-1]) is Key else None
+    rest = args if function in _DRAW_NOTHING else args[:-1]
+    return keyed.fill(function, tensor, rest, key, *block)
 
 
 def calculate_gain(nonlinearity: Any, param: int | float | None = None) -> float:
@@ -105,7 +122,13 @@ def calculate_gain(nonlinearity: Any, param: int | float | None = None) -> float
 
 
 def uniform_(
-    tensor: Tensor, a: float = 0.0, b: float = 1.0, generator: Generator | None = None
+    tensor: Tensor,
+    a: float = 0.0,
+    b: float = 1.0,
+    generator: Generator | Key | None = None,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
 ) -> Tensor:
     """Fill `tensor` in place with U[a, b) and return it; `torch.nn.init.uniform_`.
 
@@ -113,18 +136,25 @@ def uniform_(
         tensor: any shape; float32, float64, bfloat16 and float16 are filled natively
         a: lower bound
         b: upper bound
-        generator: where the words come from (default: torch's default generator)
+        generator: where the words come from (default: torch's default generator), or a `Key`
+        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         RuntimeError: a > b, a bound outside the dtype's range, or an integer dtype.
     """
-    if _is_large(tensor) and _run(plan.uniform(tensor, a, b, generator)):
+    if _is_large(tensor, global_shape) and _run(plan.uniform(tensor, a, b, generator)):
         return tensor
-    return _pass_on(_torch.uniform_, tensor, a, b, generator)
+    return _pass_on(_torch.uniform_, tensor, a, b, generator, block=(global_shape, offset))
 
 
 def normal_(
-    tensor: Tensor, mean: float = 0.0, std: float = 1.0, generator: Generator | None = None
+    tensor: Tensor,
+    mean: float = 0.0,
+    std: float = 1.0,
+    generator: Generator | Key | None = None,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
 ) -> Tensor:
     """Fill `tensor` in place with N(mean, std^2) and return it; `torch.nn.init.normal_`.
 
@@ -132,14 +162,15 @@ def normal_(
         tensor: any shape; float32, float64, bfloat16 and float16 are filled natively
         mean: of the distribution
         std: of the distribution, not negative
-        generator: where the words come from (default: torch's default generator)
+        generator: where the words come from (default: torch's default generator), or a `Key`
+        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         RuntimeError: std < 0, or an integer dtype.
     """
-    if _is_large(tensor) and _run(plan.normal(tensor, mean, std, generator)):
+    if _is_large(tensor, global_shape) and _run(plan.normal(tensor, mean, std, generator)):
         return tensor
-    return _pass_on(_torch.normal_, tensor, mean, std, generator)
+    return _pass_on(_torch.normal_, tensor, mean, std, generator, block=(global_shape, offset))
 
 
 def trunc_normal_(
@@ -148,7 +179,10 @@ def trunc_normal_(
     std: float = 1.0,
     a: float = -2.0,
     b: float = 2.0,
-    generator: Generator | None = None,
+    generator: Generator | Key | None = None,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
 ) -> Tensor:
     """Fill with N(mean, std^2) truncated to [a, b]; `torch.nn.init.trunc_normal_`.
 
@@ -161,7 +195,8 @@ def trunc_normal_(
         std: of the normal distribution, positive
         a: lower cutoff, in the units of the values (not of std)
         b: upper cutoff
-        generator: where the words come from (default: torch's default generator)
+        generator: where the words come from (default: torch's default generator), or a `Key`
+        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Returns:
         `tensor`, filled in place.
@@ -172,9 +207,11 @@ def trunc_normal_(
     Warns:
         UserWarning: the mean is more than two std outside [a, b].
     """
-    if _is_large(tensor) and _run_truncated(tensor, mean, std, a, b, generator):
+    if _is_large(tensor, global_shape) and _run_truncated(tensor, mean, std, a, b, generator):
         return tensor
-    return _pass_on(_torch.trunc_normal_, tensor, mean, std, a, b, generator)
+    return _pass_on(
+        _torch.trunc_normal_, tensor, mean, std, a, b, generator, block=(global_shape, offset)
+    )
 
 
 def _run_truncated(tensor: Tensor, *args: Any) -> bool:
@@ -184,40 +221,61 @@ def _run_truncated(tensor: Tensor, *args: Any) -> bool:
     return plan.device_of(tensor) >= 0 and _run(plan.trunc_erfinv(tensor, *args))
 
 
-def constant_(tensor: Tensor, val: float) -> Tensor:
+def constant_(
+    tensor: Tensor,
+    val: float,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
+) -> Tensor:
     """Fill `tensor` (any shape, any dtype) with `val` and return it; `torch.nn.init.constant_`.
 
     Raises:
         RuntimeError: the dtype cannot hold `val`.
     """
-    if _is_large(tensor, _CONSTANT) and _run(plan.constant(tensor, val)):
+    if _is_large(tensor, global_shape, _CONSTANT) and _run(plan.constant(tensor, val)):
         return tensor
-    return _pass_on(_torch.constant_, tensor, val)
+    return _pass_on(_torch.constant_, tensor, val, block=(global_shape, offset))
 
 
-def ones_(tensor: Tensor) -> Tensor:
+def ones_(
+    tensor: Tensor,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
+) -> Tensor:
     """Fill `tensor` (any shape, any dtype) with 1 and return it; `torch.nn.init.ones_`.
 
     Raises:
         RuntimeError: torch cannot write to such a tensor in place.
     """
-    if _is_large(tensor, _CONSTANT) and _run(plan.constant(tensor, 1.0)):
+    if _is_large(tensor, global_shape, _CONSTANT) and _run(plan.constant(tensor, 1.0)):
         return tensor
-    return _pass_on(_torch.ones_, tensor)
+    return _pass_on(_torch.ones_, tensor, block=(global_shape, offset))
 
 
-def zeros_(tensor: Tensor) -> Tensor:
+def zeros_(
+    tensor: Tensor,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
+) -> Tensor:
     """Fill `tensor` (any shape, any dtype) with 0 and return it; `torch.nn.init.zeros_`.
 
     Raises:
         RuntimeError: torch cannot write to such a tensor in place.
     """
-    if _is_large(tensor, _CONSTANT) and _run(plan.constant(tensor, 0.0)):
+    if _is_large(tensor, global_shape, _CONSTANT) and _run(plan.constant(tensor, 0.0)):
         return tensor
-    return _pass_on(_torch.zeros_, tensor)
+    return _pass_on(_torch.zeros_, tensor, block=(global_shape, offset))
 
 
-def eye_(tensor: Tensor) -> Tensor:
+def eye_(
+    tensor: Tensor,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
+) -> Tensor:
     """Make a matrix the identity and return it; `torch.nn.init.eye_`.
 
     Args:
@@ -226,12 +284,18 @@ def eye_(tensor: Tensor) -> Tensor:
     Raises:
         ValueError: not two dimensions.
     """
-    if _is_large(tensor) and tensor.dim() == 2 and _run(plan.diagonal(tensor, 0)):
+    if _is_large(tensor, global_shape) and tensor.dim() == 2 and _run(plan.diagonal(tensor, 0)):
         return tensor
-    return _pass_on(_torch.eye_, tensor)
+    return _pass_on(_torch.eye_, tensor, block=(global_shape, offset))
 
 
-def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
+def dirac_(
+    tensor: Tensor,
+    groups: int = 1,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
+) -> Tensor:
     """Make a convolution pass its input through; `torch.nn.init.dirac_`.
 
     Args:
@@ -243,7 +307,7 @@ def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
         ValueError: other numbers of dimensions, or out channels not divisible by `groups`.
     """
     if (
-        _is_large(tensor)
+        _is_large(tensor, global_shape)
         and tensor.dim() in (3, 4, 5)
         and type(groups) is int
         and groups > 0
@@ -251,11 +315,16 @@ def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
         and _run(plan.diagonal(tensor, groups))
     ):
         return tensor
-    return _pass_on(_torch.dirac_, tensor, groups)
+    return _pass_on(_torch.dirac_, tensor, groups, block=(global_shape, offset))
 
 
 def xavier_uniform_(
-    tensor: Tensor, gain: float = 1.0, generator: Generator | None = None
+    tensor: Tensor,
+    gain: float = 1.0,
+    generator: Generator | Key | None = None,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
 ) -> Tensor:
     """Fill with U(-a, a), a = gain sqrt(6 / (fan_in + fan_out)); `torch.nn.init.xavier_uniform_`.
 
@@ -265,19 +334,27 @@ def xavier_uniform_(
     Args:
         tensor: shape (fan_out, fan_in, *kernel), any floating dtype
         gain: scaling factor, see `calculate_gain`
-        generator: where the words come from (default: torch's default generator)
+        generator: where the words come from (default: torch's default generator), or a `Key`
+        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: fewer than two dimensions.
     """
-    if _is_large(tensor) and tensor.dim() >= 2:
+    if _is_large(tensor, global_shape) and tensor.dim() >= 2:
         a = math.sqrt(3.0) * _xavier_std(tensor, gain)
         if _run(plan.uniform(tensor, -a, a, generator)):
             return tensor
-    return _pass_on(_torch.xavier_uniform_, tensor, gain, generator)
+    return _pass_on(_torch.xavier_uniform_, tensor, gain, generator, block=(global_shape, offset))
 
 
-def xavier_normal_(tensor: Tensor, gain: float = 1.0, generator: Generator | None = None) -> Tensor:
+def xavier_normal_(
+    tensor: Tensor,
+    gain: float = 1.0,
+    generator: Generator | Key | None = None,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
+) -> Tensor:
     """Fill with N(0, std^2), std = gain sqrt(2 / (fan_in + fan_out)).
 
     `torch.nn.init.xavier_normal_`; Glorot and Bengio (2010), as `xavier_uniform_`.
@@ -285,16 +362,17 @@ def xavier_normal_(tensor: Tensor, gain: float = 1.0, generator: Generator | Non
     Args:
         tensor: shape (fan_out, fan_in, *kernel), any floating dtype
         gain: scaling factor, see `calculate_gain`
-        generator: where the words come from (default: torch's default generator)
+        generator: where the words come from (default: torch's default generator), or a `Key`
+        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: fewer than two dimensions.
     """
-    if _is_large(tensor) and tensor.dim() >= 2:
+    if _is_large(tensor, global_shape) and tensor.dim() >= 2:
         std = _xavier_std(tensor, gain)
         if _run(plan.normal(tensor, 0.0, std, generator)):
             return tensor
-    return _pass_on(_torch.xavier_normal_, tensor, gain, generator)
+    return _pass_on(_torch.xavier_normal_, tensor, gain, generator, block=(global_shape, offset))
 
 
 def _xavier_std(tensor: Tensor, gain: float) -> float:
@@ -307,7 +385,10 @@ def kaiming_uniform_(
     a: float = 0,
     mode: Any = "fan_in",
     nonlinearity: Any = "leaky_relu",
-    generator: Generator | None = None,
+    generator: Generator | Key | None = None,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
 ) -> Tensor:
     """Fill with U(-bound, bound), bound = gain sqrt(3 / fan); `torch.nn.init.kaiming_uniform_`.
 
@@ -318,7 +399,8 @@ def kaiming_uniform_(
         a: negative slope of the rectifier, used with leaky_relu only
         mode: "fan_in" keeps the variance in the forward pass, "fan_out" in the backward pass
         nonlinearity: see `calculate_gain`
-        generator: where the words come from (default: torch's default generator)
+        generator: where the words come from (default: torch's default generator), or a `Key`
+        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: fewer than two dimensions, unknown mode or nonlinearity.
@@ -326,14 +408,22 @@ def kaiming_uniform_(
     Warns:
         UserWarning: the tensor has no elements; nothing is done.
     """
-    if _is_large(tensor):
+    if _is_large(tensor, global_shape):
         bound = math.sqrt(3.0) * _kaiming_std(tensor, a, mode, nonlinearity)
         if _run(plan.uniform(tensor, -bound, bound, generator)):
             return tensor
-    elif _has_no_elements(tensor):
+    elif _has_no_elements(tensor, global_shape):
         warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
         return tensor
-    return _pass_on(_torch.kaiming_uniform_, tensor, a, mode, nonlinearity, generator)
+    return _pass_on(
+        _torch.kaiming_uniform_,
+        tensor,
+        a,
+        mode,
+        nonlinearity,
+        generator,
+        block=(global_shape, offset),
+    )
 
 
 def kaiming_normal_(
@@ -341,7 +431,10 @@ def kaiming_normal_(
     a: float = 0,
     mode: Any = "fan_in",
     nonlinearity: Any = "leaky_relu",
-    generator: Generator | None = None,
+    generator: Generator | Key | None = None,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
 ) -> Tensor:
     """Fill with N(0, std^2), std = gain / sqrt(fan); `torch.nn.init.kaiming_normal_`.
 
@@ -352,7 +445,8 @@ def kaiming_normal_(
         a: negative slope of the rectifier, used with leaky_relu only
         mode: "fan_in" keeps the variance in the forward pass, "fan_out" in the backward pass
         nonlinearity: see `calculate_gain`
-        generator: where the words come from (default: torch's default generator)
+        generator: where the words come from (default: torch's default generator), or a `Key`
+        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: fewer than two dimensions, unknown mode or nonlinearity.
@@ -360,19 +454,32 @@ def kaiming_normal_(
     Warns:
         UserWarning: the tensor has no elements; nothing is done.
     """
-    if _is_large(tensor):
+    if _is_large(tensor, global_shape):
         std = _kaiming_std(tensor, a, mode, nonlinearity)
         if _run(plan.normal(tensor, 0.0, std, generator)):
             return tensor
-    elif _has_no_elements(tensor):
+    elif _has_no_elements(tensor, global_shape):
         warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
         return tensor
-    return _pass_on(_torch.kaiming_normal_, tensor, a, mode, nonlinearity, generator)
+    return _pass_on(
+        _torch.kaiming_normal_,
+        tensor,
+        a,
+        mode,
+        nonlinearity,
+        generator,
+        block=(global_shape, offset),
+    )
 
 
-def _has_no_elements(t: Any) -> bool:
+def _has_no_elements(t: Any, whole: object) -> bool:
     """torch warns about these at the line of its caller, which has to be ours."""
-    return type(t) in _PLAIN and torch._C._len_torch_function_stack() == 0 and bool(t.numel() == 0)
+    return (
+        whole is None
+        and type(t) in _PLAIN
+        and torch._C._len_torch_function_stack() == 0
+        and bool(t.numel() == 0)
+    )
 
 
 def _kaiming_std(tensor: Tensor, a: float, mode: Any, nonlinearity: Any) -> float:
@@ -380,7 +487,14 @@ def _kaiming_std(tensor: Tensor, a: float, mode: Any, nonlinearity: Any) -> floa
     return float(calculate_gain(nonlinearity, a) / math.sqrt(fan))
 
 
-def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = None) -> Tensor:
+def orthogonal_(
+    tensor: Tensor,
+    gain: float = 1,
+    generator: Generator | Key | None = None,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
+) -> Tensor:
     """Fill with a (semi-)orthogonal matrix times gain; `torch.nn.init.orthogonal_`.
 
     Saxe et al., "Exact solutions to the nonlinear dynamics of learning in deep linear neural
@@ -390,7 +504,8 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
         tensor: shape (rows, *columns), float32, float64, bfloat16 or float16 (which are computed in
             float32 and rounded once; torch raises for them); trailing dimensions are flattened
         gain: scaling factor
-        generator: where the words come from (default: torch's default generator)
+        generator: where the words come from (default: torch's default generator), or a `Key`
+        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     The same matrix as torch's, up to rounding: docs/reproducibility.md says how far.
 
@@ -398,8 +513,10 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
         ValueError: fewer than two dimensions.
         RuntimeError: other dtypes.
     """
-    if not (_is_large(tensor, 0) and tensor.dim() >= 2):
-        return _pass_on(_torch.orthogonal_, tensor, gain, generator)
+    if not (_is_large(tensor, global_shape, 0) and tensor.dim() >= 2):
+        return _pass_on(_torch.orthogonal_, tensor, gain, generator, block=(global_shape, offset))
+    if type(generator) is Key:
+        return _fill_keyed("orthogonal_", tensor, (gain, generator))
     if _run(plan.orthogonal(tensor, gain, generator, tensor.shape[0])):
         return tensor
     native = plan.accepts(tensor, inference=True) and plan.device_of(tensor) < 0
@@ -408,11 +525,16 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator | None = N
     if native:
         flat = (rows, tensor.numel() // rows)
         return _pass_on(_orthogonal, tensor, flat, gain, generator)
-    return _pass_on(_torch.orthogonal_, tensor, gain, generator)
+    return _pass_on(_torch.orthogonal_, tensor, gain, generator, block=(global_shape, offset))
 
 
 def orthogonal_batched_(
-    tensor: Tensor, gain: float = 1, generator: Generator | None = None
+    tensor: Tensor,
+    gain: float = 1,
+    generator: Generator | Key | None = None,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
 ) -> Tensor:
     """Fill every matrix of a batch with an orthogonal matrix of its own; torch has no such.
 
@@ -423,19 +545,23 @@ def orthogonal_batched_(
     Args:
         tensor: shape (..., rows, cols), any dtype that `orthogonal_` takes
         gain: scaling factor
-        generator: where the words come from (default: torch's default generator)
+        generator: where the words come from (default: torch's default generator), or a `Key`
+        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: fewer than two dimensions.
         RuntimeError: other dtypes.
     """
+    if type(generator) is Key or global_shape is not None:
+        args = (gain, generator)
+        return _fill_keyed("orthogonal_batched_", tensor, args, global_shape, offset)
     if tensor.dim() < 2:
         raise ValueError("Only tensors with 2 or more dimensions are supported")
     if tensor.numel() == 0 or tensor.is_meta:
         return tensor
     if tensor.dtype not in plan.DTYPES:
         return _pass_on(_torch.orthogonal_, tensor, gain, generator)  # says what is wrong
-    if _is_large(tensor, 0):
+    if _is_large(tensor, None, 0):
         rows, cols = tensor.shape[-2:]
         count = tensor.numel() // (rows * cols)
         if _run(plan.orthogonal(tensor, gain, generator, rows, count)):
@@ -476,7 +602,13 @@ def _factor(
 
 
 def sparse_(
-    tensor: Tensor, sparsity: float, std: float = 0.01, generator: Generator | None = None
+    tensor: Tensor,
+    sparsity: float,
+    std: float = 0.01,
+    generator: Generator | Key | None = None,
+    *,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
 ) -> Tensor:
     """Fill a matrix with N(0, std^2) and zero part of each column; `torch.nn.init.sparse_`.
 
@@ -487,13 +619,15 @@ def sparse_(
         tensor: shape (rows, columns), any floating dtype
         sparsity: fraction of each column's elements that become zero
         std: of the others
-        generator: where the words of the normals come from (default: torch's default generator)
+        generator: where the words of the normals come from (default: torch's default generator), or
+            a `Key`, which then decides which rows become zero, too
+        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: not two dimensions.
     """
     if (
-        _is_large(tensor)
+        _is_large(tensor, global_shape)
         and tensor.dim() == 2
         and type(sparsity) in (int, float)
         and 0 <= sparsity <= 1
@@ -501,10 +635,12 @@ def sparse_(
     ):
         return tensor
     with source.turn(torch.default_generator, *_given(generator)):
-        return _pass_on(_torch.sparse_, tensor, sparsity, std, generator)
+        return _pass_on(
+            _torch.sparse_, tensor, sparsity, std, generator, block=(global_shape, offset)
+        )
 
 
-def _run_sparse(tensor: Tensor, zeros: int, std: float, generator: Generator | None) -> bool:
+def _run_sparse(tensor: Tensor, zeros: int, std: float, generator: object) -> bool:
     if plan.device_of(tensor) >= 0:
         return _run(plan.sparse(tensor, std, zeros, generator))
     return _run(plan.normal(tensor, 0.0, std, generator), plan.sparse_mask(tensor, zeros))
@@ -524,7 +660,7 @@ def _no_grad_trunc_normal_(
     return _torch_trunc_normal(tensor, mean, std, a, b, generator)
 
 
-def _given(generator: Generator | None) -> tuple[Generator, ...]:
+def _given(generator: object) -> tuple[Generator, ...]:
     own = isinstance(generator, Generator) and generator is not torch.default_generator
     return (cast(Generator, generator),) if own else ()
 

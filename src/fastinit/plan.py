@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral, Rational, Real
@@ -309,19 +309,23 @@ def diagonal(t: Tensor, groups: int) -> Fill | None:
     fill = constant(t, 0)
     if fill is None or fill.layout != "contiguous" or type(groups) is not int or groups < 0:
         return None
-    rows, columns = t.shape[:2]
-    fill.op = "diagonal"
+    fill.op, fill.shape = "diagonal", diagonal_of(t.shape, groups)
+    if groups != 0:
+        fill.bumps = 1 + groups * fill.shape[2]
+    return fill
+
+
+def diagonal_of(shape: Sequence[int], groups: int) -> tuple[int, ...]:
+    """Diagonal of csrc/plan.h, for eye_ (groups = 0) and dirac_."""
+    rows, columns = shape[:2]
     if groups == 0:
-        fill.shape = (columns, rows, min(rows, columns), 1, 0, 0, 0, 0)
-        return fill
-    space = math.prod(t.shape[2:])
+        return (columns, rows, min(rows, columns), 1, 0, 0, 0, 0)
+    space = math.prod(shape[2:])
     centre = 0
-    for size in t.shape[2:]:
+    for size in shape[2:]:
         centre = centre * size + size // 2
     channels = min(rows // groups, columns)
-    fill.shape = (columns * space, rows // groups, channels, space, centre, 0, 0, 0)
-    fill.bumps = 1 + groups * channels
-    return fill
+    return (columns * space, rows // groups, channels, space, centre, 0, 0, 0)
 
 
 def sparse_mask(t: Tensor, zeros: int) -> Fill | None:

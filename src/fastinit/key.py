@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Keys of the keyed stream: from a seed and a name to the key of Philox."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+_SEEDS = 1 << 64
+# Wrappers and the name under which each holds what it wraps, which is no part of a parameter's.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+class Key:
+    """Numbers that depend on a seed, a name and the place of an element, and on nothing else.
+
+    Taken by every function of fastinit wherever it takes `generator=`. No generator of torch's is
+    read or moved on.
+
+    Args:
+        seed: of 64 bits, as for `torch.manual_seed`; negative ones count from 2^64
+        name: of the parameter; two fills by one name get the same numbers. Without, each fill takes
+            the next running number as its name.
+
+        >>> import torch, fastinit
+        >>> key = fastinit.Key(42)
+        >>> w = fastinit.normal_(torch.empty(3), generator=key.named("w"))
+        >>> part = torch.empty(2)
+        >>> _ = fastinit.normal_(part, generator=key.named("w"), global_shape=(3,), offset=(1,))
+        >>> torch.equal(w[1:], part)
+        True
+    """
+
+    __slots__ = ("_numbers", "name", "seed")
+
+    def __init__(self, seed: int, name: str | None = None) -> None:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise TypeError(f"a seed is an int, not {type(seed).__name__}")
+        if not -(_SEEDS >> 1) <= seed < _SEEDS:
+            raise ValueError("a seed is between -2^63 and 2^64 - 1")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"a name is a str, not {type(name).__name__}")
+        self.seed = seed % _SEEDS
+        self.name = name
+        self._numbers = itertools.count()
+
+    def named(self, name: str) -> Key:
+        """The key of one parameter."""
+        return Key(self.seed, name)
+
+    @property
+    def philox(self) -> int:
+        """The 64-bit key of Philox4x32-10; ValueError without a name."""
+        if self.name is None:
+            raise ValueError("a Key without a name has another key of Philox for each fill")
+        return derived(self.seed, "/" + self.name)
+
+    def take(self) -> tuple[int, str]:
+        """For one fill: Philox's key, and what to call it."""
+        if self.name is not None:
+            return self.philox, self.name
+        label = f"#{next(self._numbers)}"
+        return derived(self.seed, label), label
+
+    def __repr__(self) -> str:
+        return f"Key({self.seed})" if self.name is None else f"Key({self.seed}, {self.name!r})"
+
+
+def derived(seed: int, label: str) -> int:
+    """`label`: "/" and a name, or "#" and a number."""
+    message = b"fastinit 1\n" + seed.to_bytes(8, "little") + label.encode()
+    return int.from_bytes(hashlib.sha256(message).digest()[:8], "little")
+
+
+def named_tensors(
+    model: nn.Module, prefix: str = ""
+) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Name, module, attribute and tensor of parameters, then buffers; tied ones as often as held.
+
+    Names are those of `model.named_parameters()`, without what torch.compile, DDP, FSDP and
+    activation checkpointing put in front of them.
+    """
+    modules = list(_named_modules(model, prefix, set()))
+    for kind in ("_parameters", "_buffers"):
+        for path, m in modules:
+            for name, t in getattr(m, kind).items():
+                if t is not None:
+                    yield path + name, m, name, t
+
+
+def _named_modules(
+    m: nn.Module, path: str, seen: set[nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
+    if m in seen:
+        return
+    seen.add(m)
+    yield path, m
+    wrapped = next((_WRAPPERS[c.__name__] for c in type(m).__mro__ if c.__name__ in _WRAPPERS), "")
+    for name, child in m._modules.items():
+        if child is not None:
+            yield from _named_modules(child, path if name == wrapped else f"{path}{name}.", seen)
