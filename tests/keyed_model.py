@@ -19,8 +19,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri  # type: ignore[import-untyped]
 
-ANGLE_BITS = 32  # of the word that float32 normals use: the upper ones; 26 is allowed
-
 F32, F64 = torch.float32, torch.float64
 Numbers = NDArray[np.uint64]
 Reals = NDArray[Any]  # float64 or longdouble
@@ -160,19 +158,26 @@ def _drawn(key: int, number: Numbers, dtype: torch.dtype) -> tuple[Numbers, int,
     return words(key, number), 32, np.float64
 
 
+def _plus_half(n: NDArray[np.int64], dtype: torch.dtype) -> Reals:
+    """n + 1/2, for float32 from n rounded to 24 digits, and rounded so itself."""
+    if dtype == F64:
+        return n.astype(np.longdouble) + np.longdouble(0.5)
+    return np.asarray((n.astype(np.float32) + np.float32(0.5)).astype(np.float64))
+
+
 def normal(key: int, at: Numbers, dtype: torch.dtype) -> Reals:
     """Of mean 0 and deviation 1, not rounded to the dtype."""
     second = at & np.uint64(1)
     r, bits, real = _drawn(key, at - second, dtype)
-    u, v = _halves(r, bits, real)
-    radius = np.sqrt(-2 * np.where(u < 0.5, np.log(u), np.log1p(-v)))
+    upper = r >= np.uint64(2 ** (bits - 1))
+    y = _plus_half(np.where(upper, np.uint64(2**bits - 1) - r, r).astype(np.int64), dtype)
+    y = y * real(2.0**-bits)
+    radius = np.sqrt(-2 * np.where(upper, np.log1p(-y), np.log(y)))
     t, bits, _ = _drawn(key, at - second + np.uint64(1), dtype)
-    if dtype != F64:
-        t, bits = t >> np.uint64(32 - ANGLE_BITS), ANGLE_BITS
-    # The angle is `turn` of 2^-(bits + 1) turns: to the nearest quarter, an eighth at most is left.
-    turn, shift = (2 * t + np.uint64(1)).astype(np.int64), bits - 1
-    quarter = (turn + (1 << (shift - 1))) >> shift
-    left = (turn - (quarter << shift)).astype(real) * (real(PI) / real(2.0**bits))
+    # The nearest quarter; of n + 1/2 of 2^-bits turns at most an eighth of a turn is left.
+    quarter = ((t + np.uint64(1 << (bits - 3))) >> np.uint64(bits - 2)).astype(np.int64)
+    n = t.astype(np.int64) - (quarter << (bits - 2))
+    left = _plus_half(n, dtype).astype(real) * (2 * real(PI) / real(2.0**bits))
     sine, cosine = np.sin(left), np.cos(left)
     which = (quarter - second.astype(np.int64)) & 3  # a sine is the cosine of a quarter less
     return np.asarray(radius * np.choose(which, [cosine, -sine, -cosine, sine]))

@@ -191,7 +191,7 @@ def test_few_slabs() -> None:
     assert shard.slabs(apart(2, 3, 4, 5).permute(0, 2, 3, 1)) == [
         Slab(0, 0, ((3, 20, 1), (20, 1, 3), (2, 60, 60)))
     ]
-    assert len(shard.slabs(apart(4, 4, 4, 4, 4, 3)[::2, ::2, ::2, ::2, ::2, ::2])) == 2
+    assert len(shard.slabs(apart(5, 5, 3, 5, 5, 5)[::2, ::2, ::2, ::2, ::2, ::2])) == 2
 
 
 def test_what_is_refused() -> None:
@@ -216,9 +216,9 @@ def test_what_is_refused() -> None:
         shard.slabs(t, None, (0, 0))
     for shape, offset in [((3.0, 4), (0, 0)), ((3, 4), (0.0, 0)), ((3, "4"), None)]:
         with pytest.raises(TypeError):
-            shard.slabs(t, shape, offset)  # type: ignore[arg-type]
+            shard.slabs(t, shape, offset)
     with pytest.raises(TypeError):
-        shard.global_shape(t, (3, 4.5))  # type: ignore[list-item]
+        shard.global_shape(t, (3, 4.5))
     for shared in (
         torch.empty(3, 1).expand(3, 4),
         torch.empty(4).expand(3, 4),
@@ -314,6 +314,7 @@ def test_what_is_no_part() -> None:
         (0, (3, 3), (1, 1)),
     ]:
         assert shard.part(p, begin, sizes, strides) is None, (begin, sizes, strides)
+    assert shard.part(filled(apart(9)[::2]), 1, (2,), (2,)) is None
     turned = filled(apart(6, 4).t())
     assert of_part(turned, 8, (8,), (1,))  # two columns of memory
     assert of_part(turned, 0, (3, 2, 2), (8, 2, 1))
@@ -368,6 +369,7 @@ MESHES: list[tuple[tuple[int, ...], list[Any], list[tuple[int, ...]]]] = [
     ((2, 2), [_StridedShard(0, split_factor=2), R], [(8, 3), (7, 2), (5, 5), (3, 2), (1, 2)]),
     ((3,), [_StridedShard(0, split_factor=4)], [(24, 2), (25, 2), (14,), (5, 2), (2, 2)]),
     ((2, 2), [_StridedShard(0, split_factor=2), S1], [(8, 3), (9, 4)]),
+    ((2, 5), [_StridedShard(0, split_factor=3), S0], [(24, 2), (25,)]),
     ((2, 2), [S0, _StridedShard(0, split_factor=3)], [(24, 2), (25, 2)]),
     ((2, 2, 2), [S0, S1, S0], [(8, 4), (9, 5), (3, 3)]),
     ((2, 2, 2), [R, S0, S1], [(4, 4), (3, 5, 2)]),
@@ -420,6 +422,14 @@ def test_few_slabs_of_a_shard() -> None:
         assert shard.slabs(placed(grid, fsdp, (8, 5))) == [Slab(0, 0, ((10, 1, 1), (2, 10, 20)))]
         columns = [_StridedShard(1, split_factor=2), R]
         assert shard.slabs(placed(grid, columns, (3, 8))) == [Slab(0, 0, ((2, 1, 1), (6, 2, 4)))]
+        # Rows 0, 1 and 3: two slabs, and what is in one of them.
+        t = placed(grid, fsdp, (5, 2))
+        assert shard.slabs(t) == [Slab(0, 0, ((4, 1, 1),)), Slab(4, 6, ((2, 1, 1),))]
+        assert shard.part(t, 4, (2,), (1,)) == [Slab(0, 6, ((2, 1, 1),))]
+        assert shard.part(t, 2, (4,), (1,)) is None
+        # Pieces that all are here.
+        alone = placed(DeviceMesh("cpu", [1]), fsdp[:1], (7, 2))
+        assert shard.slabs(alone) == [Slab(0, 0, ((14, 1, 1),))]
 
 
 def test_outside_the_mesh() -> None:
@@ -593,8 +603,8 @@ def checked(model: nn.Module, wholes: dict[str, torch.Size], exact: bool = True)
             continue
         same(here.long(), found)
         if exact:
-            placements = p.placements  # type: ignore[attr-defined]
-            again = placed(p.device_mesh, placements, p.shape)  # type: ignore[attr-defined]
+            placements = p.placements
+            again = placed(p.device_mesh, placements, p.shape)
             assert torch.equal(again._local_tensor, here.long())
     return silent
 

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from contextlib import ContextDecorator
 from types import TracebackType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastinit import hooks, plan
 from fastinit.capture import Capture
+from fastinit.key import Key
 from fastinit.report import Report
 
 
@@ -20,6 +22,8 @@ class fused(ContextDecorator):
 
     Args:
         progress: show a bar (with tqdm, if installed) while writing what waited until the end
+        seed: take the numbers of the keyed stream instead of torch's; see `Key`
+        prefix: put before the names of parameters that keys are made of
 
     Inside, every in-place fill of a tensor that reaches torch, by whatever name, is recorded
     instead of run; generators move on at once. A fill is written at the end of the block, all of
@@ -43,26 +47,35 @@ class fused(ContextDecorator):
         (1000000, 1000000)
     """
 
-    def __init__(self, *, progress: bool = False) -> None:
+    def __init__(
+        self, *, progress: bool = False, seed: int | None = None, prefix: str = ""
+    ) -> None:
         self._progress = progress
+        self._seed = None if seed is None else Key(seed).seed
+        self._prefix = prefix
         self._adopted: Iterable[Tensor] = ()
-        self._quiet = False
+        self._model: nn.Module | None = None
         self._entered: list[_Block | Report] = []
 
     def _recreate_cm(self) -> fused:  # of a decorated function, which may recurse or have threads
-        return fused(progress=self._progress)
+        return fused(progress=self._progress, seed=self._seed, prefix=self._prefix)
 
     def __enter__(self) -> Report:
         outer = plan.this_thread.recorder
         if isinstance(outer, Capture):
+            if self._seed is not None and self._seed != outer.seed:
+                raise RuntimeError("a block with a seed inside a block with another or none")
             outer.adopt_all(self._adopted)
             self._entered.append(outer.report)
             return outer.report
-        report = Report(progress=self._progress, reason=_why_not(), quiet=self._quiet)
+        report = Report(progress=self._progress, reason=_why_not(), prefix=self._prefix)
+        report.model = None if self._model is None else weakref.ref(self._model)
+        if report.reason and self._seed is not None:
+            raise RuntimeError(f"a block with a seed has to see every operator: {report.reason}")
         if report.reason:
             self._entered.append(report)
             return report
-        block = _Block(report, self._adopted)
+        block = _Block(report, self._adopted, self._seed)
         self._entered.append(block)
         return report
 
@@ -83,8 +96,8 @@ class fused(ContextDecorator):
 class _Block:
     """The outermost block of a thread."""
 
-    def __init__(self, report: Report, adopted: Iterable[Tensor]) -> None:
-        self._capture = Capture(report)
+    def __init__(self, report: Report, adopted: Iterable[Tensor], seed: int | None) -> None:
+        self._capture = Capture(report, seed)
         self._capture.adopt_all(adopted)
         self._hooks = hooks.hooked()
         self._hooks.__enter__()
@@ -117,9 +130,11 @@ def _why_not() -> str:
     return ""
 
 
-def adopting(tensors: Iterable[Tensor]) -> fused:
+def adopting(
+    tensors: Iterable[Tensor], model: nn.Module, seed: int | None = None, prefix: str = ""
+) -> fused:
     """A block in which fills of these tensors may wait as well, though they are older; whoever
-    holds them sees to it that they live as long. Its report is not to be looked at."""
-    block = fused()
-    block._adopted, block._quiet = tensors, True
+    holds them sees to it that they live as long. Its report is about the model."""
+    block = fused(seed=seed, prefix=prefix)
+    block._adopted, block._model = tensors, model
     return block

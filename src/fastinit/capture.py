@@ -11,6 +11,7 @@ before they are overwritten, or their storage dies, are never done.
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastinit import execute, operators, plan, probe, qr, source
+from fastinit import backend, execute, keyed, laws, operators, plan, probe, qr, shard, source
+from fastinit.key import Key, derived
 from fastinit.mode import Mode
 from fastinit.operators import PLAIN, leaves
 from fastinit.report import Report, Written, caller
@@ -33,7 +35,7 @@ _MOST_LAYERS = 64  # pending fills of one storage
 class _Memory:
     """A storage whose fills may wait."""
 
-    __slots__ = ("fills", "key", "weak", "written")
+    __slots__ = ("fills", "key", "number", "weak", "written")
 
     def __init__(self, tensor: Tensor) -> None:
         self.key = plan.storage_id(tensor)
@@ -41,6 +43,7 @@ class _Memory:
         self.weak = StorageWeakRef(plan.storage_of(tensor))  # type: ignore[no-untyped-call]
         self.fills: list[plan.Fill] = []  # pending, in order
         self.written: list[Written] = []  # for the report
+        self.number = ""  # which takes the place of a name in the keyed stream
 
     def is_dead(self) -> bool:
         return bool(self.weak.expired())  # type: ignore[no-untyped-call]
@@ -53,9 +56,9 @@ class _Memory:
             return False
         return plan.is_dense(first) and first.extent == (0, plan.storage_of(t).nbytes())
 
-    def settled(self, keep: bool) -> None:
+    def settled(self) -> None:
         """The fills have been written; nothing is left of those below them."""
-        for fill in self.fills if keep else ():
+        for fill in self.fills:
             begin, end = fill.extent
             if plan.is_dense(fill) or self.written[-1:] == [Written.of(fill)]:
                 kept = (w for w in self.written if w.extent[0] < begin or end < w.extent[1])
@@ -76,9 +79,13 @@ class Capture(Mode):
 
     modes = 1
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, seed: int | None = None) -> None:
         super().__init__()
         self.report = report
+        self.seed = seed  # of the keyed stream; None: torch's generators
+        # Parameters by their storage: those that the names of keys belong to.
+        self._named: dict[int, list[tuple[str, Tensor]]] = {}
+        self._numbers = itertools.count()
         self.watch: Callable[[Tensor], None] | None = None  # told what is filled without operators
         self.submitting = False  # to a pool, which may start threads for that
         self._known: dict[int, _Memory] = {}
@@ -115,7 +122,9 @@ class Capture(Mode):
 
     def adopt(self, t: Tensor) -> None:
         """Let the fills of a tensor's storage wait."""
-        if not plan.is_worth(t) or type(t) not in PLAIN or t.layout is not torch.strided:
+        if type(t) not in PLAIN or t.layout is not torch.strided:
+            return
+        if self.seed is None and not plan.is_worth(t):
             return
         if t.numel() > 0 and plan.is_here(t):
             memory = _Memory(t)
@@ -127,7 +136,8 @@ class Capture(Mode):
         """The same for many tensors, most of which will be filled."""
         for t in tensors:
             plain = type(t) in PLAIN and t.layout is torch.strided
-            if plain and plan.is_worth(t) and plan.is_here(t):
+            worth = plan.is_worth(t) or (self.seed is not None and t.numel() > 0)
+            if plain and worth and plan.is_here(t):
                 self._adoptable[plan.storage_id(t)] = plan.storage_of(t)
 
     def adopt_no_more(self) -> None:
@@ -170,6 +180,9 @@ class Capture(Mode):
         t = args[0]
         if len(args) > 1 and isinstance(args[1], Tensor) and self._pending:
             self._settle_arguments(func, args[1:], None)  # the value of fill_
+        if self.seed is not None and (call := operators.random_call(func, args, kwargs)):
+            self._keep(t, laws.law_of(call[0], t.dtype, t.shape, call[1:]))
+            return t
         memory = self._memory_of(t)
         if type(t) not in PLAIN:
             return self._run(func, args, kwargs)
@@ -200,13 +213,104 @@ class Capture(Mode):
         size, begin = t.element_size(), int(t.storage_offset())
         items = fill.items if plan.is_dense(fill) else plan.span(t)
         fill.extent = (size * begin, size * (begin + items))
-        if not self.report.quiet:
-            fill.caller = caller()
+        fill.caller = caller()
         execute.ask_ahead(fill, self._scratch)
         self._states += isinstance(fill.state, Tensor)
         fill.tensor = plan.NO_TENSOR[t.dtype]  # the storage may die
         self._push(memory, fill)
         return True
+
+    # ---- the keyed stream ----------------------------------------------------------------------
+
+    def _know(self) -> None:
+        """Names of parameters and buffers. The first name of a tied one counts."""
+        self._named = {}
+        for name, t in self.report.named_tensors():
+            here = shard.local(t)
+            if here.layout is torch.strided and type(here) in PLAIN:
+                self._named.setdefault(plan.storage_id(here), []).append((name, t))
+
+    def fill_keyed(
+        self, function: str, tensor: Tensor, args: Any, key: Key | None, block: Any
+    ) -> None:
+        shape = shard.global_shape(tensor, block[0])
+        law = laws.law_of(function, tensor.dtype, shape, args)
+        slabs = None if block == (None, None) else shard.slabs(tensor, *block)
+        owner = None if key is None or not law.is_random else key.take()
+        if law.is_random and self.seed is None and owner is None:
+            raise ValueError(f"{function} of a part of a tensor needs generator=fastinit.Key(...)")
+        self._keep(tensor, law, slabs, owner)
+        if not (tensor.is_meta or tensor.is_inference()):
+            torch.autograd.graph.increment_version(tensor)
+
+    def _keep(self, t: Tensor, law: laws.Law, slabs: Any = None, owner: Any = None) -> None:
+        """Record a law for a tensor, or write it at once. `owner`: the key and what to call it."""
+        here = shard.local(t)
+        if here.is_meta or here.numel() == 0:
+            return
+        if self.watch is not None:
+            self.watch(t)
+        memory = self._memory_of(here)
+        a, b = (*law.p, 0.0)[:2]
+        fill = plan.Fill(here, law.op, a, b, items=here.numel(), law=law, slabs=slabs)
+        layout = plan.layout_of(here)
+        fill.rank = 1 if layout is None else layout[1]
+        fill.device = plan.device_of(here)
+        size, begin = here.element_size(), int(here.storage_offset())
+        fill.box = begin, tuple(here.shape), here.stride()
+        fill.extent = size * begin, size * (begin + plan.span(here))
+        fill.caller = caller()
+        fill.owner = owner or memory or _Memory(here)
+        if memory is not None and here.dtype in plan.DTYPES and self._may_wait():
+            fill.tensor = plan.NO_TENSOR[here.dtype]
+            self._push(memory, fill)
+            return
+        self.read(here, law.op)
+        self.report.at_once(fill)
+        keyed.run([self._work(fill, plan.storage_of(here))])
+
+    def _key_of(self, fill: plan.Fill) -> tuple[int, str]:
+        """The key of Philox, and the name or number it comes from."""
+        if isinstance(fill.owner, tuple):
+            return fill.owner
+        assert self.seed is not None
+        if not self._named and self.report.model is not None:
+            self._know()
+        label = fill.owner.number
+        for name, t in self._named.get(fill.owner.key, ()):
+            if self._slabs_in(fill, t) is not None:
+                label = "/" + name
+                break
+        else:
+            if not label:
+                label = fill.owner.number = f"#{next(self._numbers)}"
+        return derived(self.seed, label), label.lstrip("/")
+
+    @staticmethod
+    def _slabs_in(fill: plan.Fill, t: Tensor) -> Any:
+        """Which elements of a parameter it writes; None: not only such."""
+        begin, sizes, strides = fill.box
+        return shard.part(t, begin - int(shard.local(t).storage_offset()), sizes, strides)
+
+    def _work(self, fill: plan.Fill, storage: torch.UntypedStorage) -> keyed.Work:
+        begin, sizes, strides = fill.box
+        with backend.undisturbed():
+            t = torch.empty(0, dtype=fill.tensor.dtype, device=storage.device)
+            t.set_(storage, begin, sizes, strides)  # type: ignore[call-overload,unused-ignore]
+            slabs = fill.slabs
+            if slabs is None and isinstance(fill.owner, _Memory):
+                found = (self._slabs_in(fill, p) for _, p in self._named.get(fill.owner.key, ()))
+                slabs = next((s for s in found if s is not None), None)
+                if slabs is None:  # nobody's: elements count from the beginning of the storage
+                    whole = torch.empty(0, dtype=t.dtype, device=t.device)
+                    items = storage.nbytes() // t.element_size()
+                    whole.set_(storage, 0, (items,), (1,))  # type: ignore[call-overload,unused-ignore]
+                    slabs = shard.part(whole, begin, sizes, strides)
+            elif slabs is None:
+                slabs = shard.slabs(t)
+        return keyed.Work(fill.law, self._key_of(fill)[0], t, slabs)
+
+    # ---- order ---------------------------------------------------------------------------------
 
     def _push(self, memory: _Memory, fill: plan.Fill) -> None:
         self.report.record(fill)
@@ -252,7 +356,13 @@ class Capture(Mode):
     ) -> Any:
         """What is empty and a fill: zeros, full_like, new_ones, rand, ..."""
         empty, count, build = spec
-        if operators.makes_native(args, kwargs) and self._may_wait():
+        least = plan.MIN_NATIVE if self.seed is None else 1
+        if operators.makes_native(args, kwargs, least) and self._may_wait():
+            if self.seed is not None and (call := operators.random_call(func, args, kwargs)):
+                out = empty(*args[:count], **kwargs)
+                self.adopt(out)
+                self._keep(out, laws.law_of(call[0], out.dtype, out.shape, call[1:]))
+                return out
             out = empty(*args[:count], **kwargs)
             fill = probe.proved(build(out, args, kwargs, False))
             self.adopt(out)
@@ -365,14 +475,24 @@ class Capture(Mode):
         with self.report.writing(fills, reader) as done:
             for stage in _stages(todo):
                 for piece in _pieces(stage, self.report.progress and reader is None):
-                    execute.run_ahead(piece)
+                    self._write(piece)
                     done(sum(fill.items for fill, _ in piece))
         for _, memory in todo:
-            memory.settled(keep=not self.report.quiet)
+            memory.settled()
             self._pending.pop(memory.key, None)
+
+    def _write(self, piece: _Stage) -> None:
+        drawn = [(fill, storage) for fill, storage in piece if fill.law is None]
+        if drawn:
+            execute.run_ahead(drawn)
+        works = [self._work(fill, storage) for fill, storage in piece if fill.law is not None]
+        if works:
+            keyed.run(works)
 
     def close(self) -> None:
         """The block is over."""
+        if self.seed is not None:  # what is not named now never will be
+            self._know()
         try:
             self.settle()
         except KeyboardInterrupt:

@@ -156,6 +156,7 @@ def _stand_in(function: Any) -> Any:
         function.__closure__,
     )  # fmt: skip
     functools.update_wrapper(copy, function)
+    copy.__kwdefaults__ = function.__kwdefaults__
     del copy.__wrapped__  # type: ignore[attr-defined]
     copy.__module__ = "torch.nn.init"
     return copy

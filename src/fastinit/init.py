@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 from torch.nn import init as _torch_init
 
-from fastinit import backend, execute, keyed, plan, probe, qr, source
+from fastinit import backend, execute, keyed, laws, plan, probe, qr, source
 from fastinit.key import Key
 
 # fmt: off
@@ -42,7 +42,6 @@ _torch_trunc_normal = _torch_init._no_grad_trunc_normal_
 _calculate_fan_in_and_fan_out = _torch_init._calculate_fan_in_and_fan_out
 _calculate_correct_fan = _torch_init._calculate_correct_fan
 
-_DRAW_NOTHING = ("constant_", "ones_", "zeros_", "eye_", "dirac_")
 _Block = tuple[Sequence[int] | None, Sequence[int] | None]  # global_shape, offset
 _PLAIN = frozenset((Tensor, Parameter))
 _CONSTANT = 512  # times as many elements until torch's own fill_ costs more than a look at it
@@ -58,6 +57,8 @@ def _is_large(t: Any, whole: object = None, at_least: int = 1) -> bool:
         return False  # before t.numel() would be seen
     n = t.numel()
     recorder = plan.this_thread.recorder
+    if recorder is not None and recorder.seed is not None:
+        return False
     if recorder is not None and at_least != 0:
         large = recorder.takes(t)
     else:
@@ -87,8 +88,11 @@ def _pass_on(
     """Call torch's function, or record the call; or fill with the numbers of a Key."""
     recorder = plan.this_thread.recorder
     generator = args[-1] if args else None  # it comes last
-    if type(generator) is Key or block[0] is not None or block[1] is not None:
+    seeded = recorder is not None and recorder.seed is not None
+    if block != (None, None) or type(generator) is Key:
         return _fill_keyed(function.__name__, tensor, args, *block)
+    if seeded and not isinstance(generator, Generator):
+        return _fill_keyed(function.__name__, tensor, args)
     if recorder is None:
         with source.default_lock if generator is None else source.lock_of(generator):
             return function(tensor, *args)
@@ -99,12 +103,20 @@ def _pass_on(
 
 
 def _fill_keyed(
-    function: str, tensor: Tensor, args: Sequence[Any], *block: Sequence[int] | None
+    function: str,
+    tensor: Tensor,
+    args: Sequence[Any],
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
 ) -> Tensor:
     """`args`: with the generator last, if the function has one."""
     key = args[-1] if args and type(args[-1]) is Key else None
-    rest = args if function in _DRAW_NOTHING else args[:-1]
-    return keyed.fill(function, tensor, rest, key, *block)
+    rest = args[:-1] if laws.draws(function) else args
+    recorder = plan.this_thread.recorder
+    if recorder is None:
+        return keyed.fill(function, tensor, rest, key, global_shape, offset)
+    recorder.fill_keyed(function, tensor, rest, key, (global_shape, offset))
+    return tensor
 
 
 def calculate_gain(nonlinearity: Any, param: int | float | None = None) -> float:
@@ -552,7 +564,9 @@ def orthogonal_batched_(
         ValueError: fewer than two dimensions.
         RuntimeError: other dtypes.
     """
-    if type(generator) is Key or global_shape is not None:
+    recorder = plan.this_thread.recorder
+    seeded = recorder is not None and recorder.seed is not None and generator is None
+    if seeded or type(generator) is Key or global_shape is not None:
         args = (gain, generator)
         return _fill_keyed("orthogonal_batched_", tensor, args, global_shape, offset)
     if tensor.dim() < 2:
@@ -655,6 +669,9 @@ def _no_grad_trunc_normal_(
     generator: Generator | None = None,
 ) -> Tensor:
     """Stands for its namesake in torch.nn.init, which is looked up at each call, while hooked."""
+    recorder = plan.this_thread.recorder
+    if recorder is not None and recorder.seed is not None and generator is None:
+        return _fill_keyed("trunc_normal_", tensor, (mean, std, a, b, None))
     if _is_large(tensor) and _run_truncated(tensor, mean, std, a, b, generator):
         return tensor
     return _torch_trunc_normal(tensor, mean, std, a, b, generator)

@@ -21,6 +21,7 @@ from torch.nn import init as _torch_init
 from fastinit import plan
 
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
+_DRAW_NOTHING = ("constant_", "ones_", "zeros_", "eye_", "dirac_")
 _SMALLEST = {torch.float64: 1e-300}
 _SMALLEST_RANGE, _LARGEST = 2.0**-102, (2 - 2.0**-23) * 2.0**127  # a 2^24th part is normal
 _fan = _torch_init._calculate_fan_in_and_fan_out
@@ -56,6 +57,33 @@ def law_of(function: str, dtype: torch.dtype, shape: Sequence[int], args: Sequen
     if law.is_random and not dtype.is_floating_point:
         raise NotImplementedError(f"{function}: the keyed stream has no numbers of type {dtype}")
     return law
+
+
+def draws(function: str) -> bool:
+    """Whether it is one of torch.nn.init's that draw."""
+    return function in _BUILD and function not in _DRAW_NOTHING
+
+
+def of_fill(fill: plan.Fill) -> Law:
+    """Of what plan.py has made of a function."""
+    if fill.op in ("constant", "diagonal"):
+        return Law(fill.op, (fill.a,), fill.shape)
+    dtype = fill.tensor.dtype
+    if fill.op == "uniform":
+        return uniform(dtype, fill.a, fill.b)
+    if fill.op == "orthogonal":
+        rows, cols, count = fill.shape[:3]
+        return Law("orthogonal", (fill.scale,), (count, rows, cols), fill.items)
+    if fill.op == "sparse":
+        rows, columns = fill.tensor.shape
+        return normal(fill.a, fill.b)._replace(
+            op="sparse", shape=(rows, columns, fill.zeros), items=fill.items
+        )
+    if fill.bounds is not None:
+        erfinv = fill.op == "trunc_erfinv"
+        mean, std = (fill.mean, fill.scale / math.sqrt(2.0)) if erfinv else (fill.a, fill.b)
+        return truncated(dtype, mean, std, *fill.bounds)
+    return normal(fill.a, fill.b)
 
 
 def constant(whole: Tensor, value: Any) -> Law:

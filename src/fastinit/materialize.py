@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastinit import block, plan
+from fastinit import block, plan, shard
 from fastinit.capture import Capture
 from fastinit.mode import Mode
 from fastinit.model import Fn, apply, is_recording_a_plan, reset
 from fastinit.operators import OVERWRITING, PLAIN, leaves
+from fastinit.report import Report
 
 
 def materialize_(
@@ -24,7 +25,10 @@ def materialize_(
     device: torch.device | str | int | None = None,
     dtype: torch.dtype | None = None,
     fn: Fn | None = None,
-) -> nn.Module:
+    seed: int | None = None,
+    *,
+    prefix: str = "",
+) -> Report:
     """Give a model's meta tensors memory, and initialise it in one pass.
 
     Args:
@@ -33,9 +37,16 @@ def materialize_(
         dtype: of the floating-point tensors (default: as they are)
         fn: as for `init_model_`; by default only modules all of whose tensors were on the meta
             device are reset
+        seed: take the numbers of the keyed stream, by the names of the parameters; see `Key`
+        prefix: put before these names, for a model that is a part of another
 
     Returns:
-        `model`. Tied tensors stay tied; parameters are new objects, as after `to_empty`.
+        What was written by which function, and what was not. Tied tensors stay tied; parameters are
+        new objects, as after `to_empty`.
+
+    Parameters may be DTensors (after `fully_shard` or tensor parallelism). With a seed each process
+    fills only its own elements, without communication, and they are those of the whole model. With
+    torch's generators DTensor does what it does.
 
     Warns:
         UserWarning: `fn` did not write all of a tensor, for example a buffer that only a
@@ -43,7 +54,7 @@ def materialize_(
     """
     if is_recording_a_plan():
         raise RuntimeError("materialize_ cannot be part of a Plan that is being recorded")
-    with block.fused():
+    with block.adopting((), model, seed, prefix) as report:
         slots = [slot for path, m in model.named_modules() for slot in _meta_slots(path, m)]
         memory: dict[tuple[object, ...], Tensor] = {}
         new: dict[int, Tensor] = {}  # tied tensors are one object
@@ -69,7 +80,7 @@ def materialize_(
             f"{shown}. Pass a `fn` that initialises them, or set them yourself.",
             stacklevel=2,
         )
-    return model
+    return report
 
 
 def _reset_new(new: set[int], module: nn.Module) -> None:
@@ -112,9 +123,11 @@ def _materialized(
     memory: dict[tuple[object, ...], Tensor],
 ) -> Tensor:
     """A tensor like `old` with memory, shared with those that shared `old`'s."""
+    kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
+    if shard.is_distributed(old):
+        return _distributed(old, device, kind)
     key = (plan.storage_id(old), old.dtype)
     if key not in memory:
-        kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
         default = torch.get_default_device()
         where = ("cpu" if default.type == "meta" else default) if device is None else device
         items = plan.storage_of(old).nbytes() // old.element_size()
@@ -125,15 +138,28 @@ def _materialized(
     return new.detach().requires_grad_(old.requires_grad)
 
 
+def _distributed(old: Any, device: torch.device | str | int | None, dtype: torch.dtype) -> Tensor:
+    """The same for a DTensor: memory for what this process holds of it."""
+    where = old.device_mesh.device_type if device is None else device
+    with torch.no_grad():
+        new = torch.empty_like(old, dtype=dtype, device=where)
+    capture = plan.this_thread.recorder
+    if isinstance(capture, Capture):
+        capture.adopt(shard.local(new))
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
 class _Watch(Mode):
     """Sees which elements of some tensors are written at all."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
-        self._missing = {plan.storage_id(t) for t in tensors if t.numel() != 0}
+        here = map(shard.local, tensors)
+        self._missing = {plan.storage_id(t) for t in here if t.numel() != 0}
         self._partly: dict[int, Tensor] = {}  # storage -> -1 in each byte that is written
 
     def is_written(self, t: Tensor) -> bool:
+        t = shard.local(t)
         key = plan.storage_id(t)
         if key not in self._missing:
             return True
@@ -156,6 +182,7 @@ class _Watch(Mode):
 
     def note(self, t: Tensor) -> None:
         """All of this has been written."""
+        t = shard.local(t)
         if type(t) not in PLAIN or t.layout is not torch.strided:
             return
         key = plan.storage_id(t)

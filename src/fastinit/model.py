@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastinit import block, cpu, execute, hooks, init, plan, probe, source
+from fastinit import block, cpu, execute, hooks, init, keyed, laws, plan, probe, shard, source
 from fastinit.capture import Capture
+from fastinit.key import Key, derived, named_tensors
 from fastinit.mode import Mode
 from fastinit.operators import (
     EMPTY,
@@ -23,6 +24,7 @@ from fastinit.operators import (
     is_view,
     leaves,
 )
+from fastinit.report import Report
 
 _MOVED = (
     "a tensor of the plan has other memory or another shape than when it was recorded; record the "
@@ -56,6 +58,7 @@ class Plan:
     """
 
     modes = 0
+    seed: int | None = None
 
     def __init__(self) -> None:
         self._steps: list[list[plan.Fill] | Callable[[], object]] = []  # one for each call
@@ -63,6 +66,7 @@ class Plan:
         self._prepared: execute.Prepared | None = None  # on one GPU
         self._packed: cpu.Batch | None = None  # on the CPU
         self._on_gpu = False
+        self._names: list[tuple[str, Tensor]] = []  # for keys
 
     def takes(self, t: Tensor) -> bool:
         return True
@@ -82,6 +86,9 @@ class Plan:
         self._steps.append(function)
         self._prepared = self._packed = None
 
+    def fill_keyed(self, function: str, tensor: Tensor, args: Any, key: Any, block: Any) -> None:
+        self.call(functools.partial(_fill_keyed, tensor, function, args, key, *block), tensor)
+
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Raise in `run` if one of these has moved, though only views of them were recorded."""
         self._places += [(t, plan.place(t)) for t in tensors if type(t) in PLAIN]
@@ -89,10 +96,16 @@ class Plan:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def run(self, progress: bool | None = None) -> None:
+    def run(
+        self, progress: bool | None = None, *, seed: int | None = None, prefix: str = ""
+    ) -> None:
         """Write everything that was recorded.
 
         Args:
+            seed: take the numbers of the keyed stream instead of those of torch's default
+                generators; see `Key`. Names are those of the model for `record`, otherwise the
+                number of the call
+            prefix: put before the names
             progress: show a bar (with tqdm, if installed) while matrices become orthogonal; by
                 default on a terminal, if that takes more than two seconds
 
@@ -107,7 +120,9 @@ class Plan:
                 raise RuntimeError("a Plan cannot run under a mode, transform or tracer of torch")
             if self._on_gpu:
                 execute.refuse_capture()
-            if self._prepared is not None:
+            if seed is not None:
+                self._run_keyed(Key(seed).seed, prefix)
+            elif self._prepared is not None:
                 if not self._prepared.run():
                     raise RuntimeError(_MOVED)
             else:
@@ -142,6 +157,23 @@ class Plan:
         else:
             execute.run(fills, progress)
 
+    def _run_keyed(self, seed: int, prefix: str) -> None:
+        if any(plan.place(t) != place for t, place in self._places):
+            raise RuntimeError(_MOVED)
+        names: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, t in self._names:
+            names.setdefault(plan.storage_id(t), []).append((prefix + name, t))
+        run = _Keyed(seed, names)
+        for number, step in enumerate(self._steps):
+            if not callable(step):
+                if any(plan.extent(fill) != fill.extent for fill in step):
+                    raise RuntimeError(_MOVED)
+                run.add(step, number)
+            elif not run.call(step, number):
+                run.flush()
+                step()
+        run.flush()
+
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
         if name not in hooks.FUNCTIONS and name != "orthogonal_batched_":
             raise AttributeError(f"'Plan' object has no attribute {name!r}")
@@ -158,10 +190,16 @@ class Plan:
         return record
 
 
+def _fill_keyed(tensor: Tensor, function: str, args: Any, key: Any, *block: Any) -> Tensor:
+    return keyed.fill(function, tensor, args, key, *block)
+
+
 Fn = Callable[[nn.Module], object]
 
 
-def init_model_(model: nn.Module, fn: Fn | None = None) -> nn.Module:
+def init_model_(
+    model: nn.Module, fn: Fn | None = None, seed: int | None = None, *, prefix: str = ""
+) -> Report:
     """Initialise all of a model's parameters in one pass; same numbers as one by one.
 
     Args:
@@ -169,9 +207,11 @@ def init_model_(model: nn.Module, fn: Fn | None = None) -> nn.Module:
         fn: called with every submodule, children first and the model last, as by `model.apply`;
             by default each module that has `reset_parameters` (or, as some of torch's own,
             `_reset_parameters`) is asked to reset its own
+        seed: take the numbers of the keyed stream, by the names of the parameters; see `Key`
+        prefix: put before these names, for a model that is a part of another
 
     Returns:
-        `model`.
+        What was written by which function, and what was not.
 
     The same as `with fastinit.fused(): model.apply(fn)`, except that fills of the model's tensors
     may wait although they are older than the block: memory that somebody knows from before (a numpy
@@ -179,9 +219,9 @@ def init_model_(model: nn.Module, fn: Fn | None = None) -> nn.Module:
     """
     if is_recording_a_plan():
         raise RuntimeError("init_model_ cannot be part of a Plan that is being recorded")
-    with block.adopting(_tensors(model)):
+    with block.adopting(_tensors(model), model, seed, prefix) as report:
         apply(model, fn)
-    return model
+    return report
 
 
 def record(model: nn.Module, fn: Fn | None = None) -> Plan:
@@ -216,6 +256,7 @@ def record(model: nn.Module, fn: Fn | None = None) -> Plan:
     if source.current(torch.default_generator) != generator:
         raise RuntimeError("record: the function draws or sets a seed, which cannot be recorded")
     made.keep(tensors)
+    made._names = [(name, t) for name, _, _, t in named_tensors(model)]
     return made
 
 
@@ -244,6 +285,80 @@ def reset(module: nn.Module) -> None:
             break
 
 
+class _Keyed:
+    """The steps of a Plan with the numbers of a seed: as many as touch different memory at once."""
+
+    def __init__(self, seed: int, names: dict[int, list[tuple[str, Tensor]]]) -> None:
+        self._seed, self._names = seed, names
+        self._works: list[keyed.Work | None] = []
+        self._room = plan.Room()
+        self._others: list[plan.Fill] = []  # of generators of the caller's own
+
+    def add(self, fills: Sequence[plan.Fill], number: int) -> None:
+        first = fills[0]
+        if first.generator is not None and not source.is_default(first.generator):
+            self.flush_works()
+            self._others += fills
+        elif fills[-1].op == "sparse_mask":  # the other is the rest of sparse_
+            rows, zeros, columns = fills[-1].shape[:3]
+            law = laws.normal(first.a, first.b)
+            law = law._replace(op="sparse", shape=(rows, columns, zeros), items=first.items)
+            self._put(first.tensor, law, number)
+        else:
+            for fill in fills:
+                self._put(fill.tensor, laws.of_fill(fill), number)
+
+    def call(self, step: Callable[[], object], number: int) -> bool:
+        """A function that was left to torch; False: it has to be."""
+        if not isinstance(step, functools.partial):
+            return False
+        name, tensor, args = step.func.__name__, step.args[0] if step.args else None, step.args[1:]
+        if not isinstance(tensor, Tensor) or not laws.draws(name):
+            return False
+        if args and args[-1] is not None and not source.is_default(args[-1]):
+            return False
+        self._put(tensor, laws.law_of(name, tensor.dtype, tensor.shape, args[:-1]), number)
+        return True
+
+    def _put(self, t: Tensor, law: laws.Law, number: int) -> None:
+        if t.numel() == 0 or t.is_meta:
+            return
+        self.flush_others()
+        slabs, label = None, f"#{number}"
+        for name, whole in self._names.get(plan.storage_id(t), ()):
+            begin = int(t.storage_offset()) - int(whole.storage_offset())
+            slabs = shard.part(whole, begin, t.shape, t.stride())
+            if slabs is not None:
+                label = "/" + name
+                break
+        work = keyed.Work(law, derived(self._seed, label), t, slabs or shard.slabs(t))
+        begin = plan.address_of(t)
+        extent = begin, begin + plan.span(t) * t.element_size()
+        fill = plan.Fill(t, law.op, rank=0 if t.is_contiguous() else 1)
+        dropped = self._room.take(fill, extent, len(self._works), True)
+        if dropped is None:
+            self.flush_works()
+            dropped = self._room.take(fill, extent, 0, True)
+        for position in dropped or ():
+            self._works[position] = None
+        self._works.append(work)
+
+    def flush_others(self) -> None:
+        others, self._others = self._others, []
+        execute.run(others)
+
+    def flush(self) -> None:
+        self.flush_works()
+        self.flush_others()
+
+    def flush_works(self) -> None:
+        works = [work for work in self._works if work is not None]
+        keyed.run(works)
+        counted = [work.tensor for work in works if not work.tensor.is_inference()]
+        torch.autograd.graph.increment_version(counted)
+        self._works, self._room = [], plan.Room()
+
+
 # ---- record --------------------------------------------------------------------------------------
 
 
@@ -255,6 +370,7 @@ class _Walk(Mode):
     """
 
     modes = 1
+    seed: int | None = None
     submitting = False
 
     def __init__(self, into: Plan, tensors: Iterable[Tensor]) -> None:
@@ -277,6 +393,10 @@ class _Walk(Mode):
             self._refuse(function.func)
         self._written.add(plan.storage_id(tensor))
         self._plan.call(function, tensor)
+
+    def fill_keyed(self, function: str, tensor: Tensor, args: Any, key: Any, block: Any) -> None:
+        self._written.add(plan.storage_id(tensor))
+        self._plan.fill_keyed(function, tensor, args, key, block)
 
     def read(self, t: Tensor, how: str) -> None:
         if _is_simple(t) and plan.storage_id(t) in self._written | self._constants:

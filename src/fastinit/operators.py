@@ -71,6 +71,29 @@ FILLS: dict[Any, Build] = {
     _aten.zero_.default: _zero,
 }
 
+
+def random_call(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The function of torch.nn.init that draws the same, and its numbers; None: with a generator
+    of the caller's own, or no such operator."""
+    if func not in _RANDOM or kwargs.get("generator") is not None:
+        return None
+    name, first, second, defaults = _RANDOM[func]
+    if not first:
+        return name, *defaults
+    a = args[1] if len(args) > 1 else kwargs.get(first, defaults[0])
+    b = args[2] if len(args) > 2 else kwargs.get(second, defaults[1])
+    return name, a, b
+
+
+_RANDOM: dict[Any, tuple[str, str, str, tuple[float, float]]] = {
+    _aten.uniform_.default: ("uniform_", "from", "to", (0.0, 1.0)),
+    _aten.normal_.default: ("normal_", "mean", "std", (0.0, 1.0)),
+    _aten.rand.default: ("uniform_", "", "", (0.0, 1.0)),
+    _aten.rand_like.default: ("uniform_", "", "", (0.0, 1.0)),
+    _aten.randn.default: ("normal_", "", "", (0.0, 1.0)),
+    _aten.randn_like.default: ("normal_", "", "", (0.0, 1.0)),
+}
+
 _empty, _like, _new = _aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default
 EMPTY = (_empty, _like, _new, _aten.empty_strided.default, _aten.new_empty_strided.default)
 
@@ -107,8 +130,11 @@ REPLACE_MEMORY = tuple(
 )
 
 
-def makes_native(args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a factory makes a tensor that can be filled natively and is worth it."""
+def makes_native(args: Any, kwargs: dict[str, Any], least: int) -> bool:
+    """Whether a factory makes a tensor that can be filled natively and is worth it.
+
+    `least`: elements on the CPU that are.
+    """
     like = args[0] if isinstance(args[0], Tensor) else None
     if like is not None and type(like) not in PLAIN:
         return False
@@ -128,7 +154,7 @@ def makes_native(args: Any, kwargs: dict[str, Any]) -> bool:
     where = torch.device(device).type
     dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
     return (
-        0 < items >= (plan.MIN_NATIVE if where == "cpu" else 1)
+        0 < items >= (least if where == "cpu" else 1)
         and dtype in plan.DTYPES
         and (where == "cpu" or (where == "cuda" and backend.can_use_cuda()))
         and layout in (None, torch.strided)

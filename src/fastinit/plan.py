@@ -80,6 +80,12 @@ class Fill:
     mask: Tensor | None = None  # sparse, if it was drawn ahead: 0 where zeros go
     stream: int = 0  # on which it was asked for
     caller: tuple[str, tuple[tuple[str, object], ...]] | None = None  # for reports: name, arguments
+    # Of the keyed stream: see capture.py.
+    bounds: tuple[float, float] | None = None  # of trunc_normal_, whatever becomes of it
+    law: Any = None  # laws.Law
+    box: tuple[int, tuple[int, ...], tuple[int, ...]] = (0, (), ())  # in the storage, in elements
+    slabs: Any = None  # of the whole, if known beforehand
+    owner: Any = None  # what names the key; or the key of Philox and its label
 
 
 # ---- what the kernels can take -------------------------------------------------------------------
@@ -89,11 +95,16 @@ class Recorder(Protocol):
     """Takes what would otherwise be run at once."""
 
     modes: int  # how many dispatch modes it has put on torch's stack
+    seed: int | None  # of the keyed stream, if that takes the place of torch's default generators
 
     def takes(self, t: Tensor) -> bool: ...  # whether fills of such a tensor are worth a record
     def add(self, fills: list[Fill]) -> None: ...
     # `overwrites`: all of the tensor
     def call(self, function: partial[Any], tensor: Tensor, overwrites: bool) -> None: ...
+    # A function of torch.nn.init with the numbers of a Key; None: of the recorder's seed.
+    def fill_keyed(
+        self, function: str, tensor: Tensor, args: Any, key: Any, block: Any
+    ) -> None: ...
 
 
 class _Local(threading.local):
@@ -284,6 +295,7 @@ def _truncated(
     p_below, p_above = ((1.0 + math.erf(x / math.sqrt(2.0))) / 2.0 for x in (below, above))
     if fill.a < low - 2 * fill.b or fill.a > high + 2 * fill.b:
         return None
+    fill.bounds = low, high
     return fill, low, high, p_below, p_above
 
 

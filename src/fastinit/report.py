@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastinit import plan, progress
+from fastinit import plan, progress, shard
+from fastinit.key import named_tensors
 from fastinit.plan import Fill
 
 _HERE = os.path.dirname(__file__) + os.sep
@@ -89,7 +90,8 @@ class Report:
     reason: str = ""  # why nothing was captured, if so
     threads: set[str] = field(default_factory=set)  # whose running kept fills from waiting
     progress: bool = False  # show a bar while writing what waited until the end
-    quiet: bool = False  # nobody will see it: who asked for what is not kept
+    prefix: str = ""  # of all names
+    model: weakref.ref[nn.Module] | None = None  # it is about; None: whatever the block made
     _memories: list[_Memory] = field(default_factory=list, repr=False)
     _modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict, repr=False)
 
@@ -134,16 +136,28 @@ class Report:
         if known is None or known() is not module:
             self._modules[id(module)] = weakref.ref(module)
 
-    def _names(self) -> dict[int, tuple[str, Tensor]]:
-        """Storage -> name and tensor, from the outermost modules that are still there."""
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Of the outermost modules in the order they were made; where there are several, all but
+        the first have a number before their names."""
+        for i, m in enumerate(self._outermost()):
+            for name, _, _, t in named_tensors(m, self.prefix + (f"~{i}." if i else "")):
+                yield name, t
+
+    def _outermost(self) -> list[nn.Module]:
+        if self.model is not None:
+            model = self.model()
+            return [] if model is None else [model]
         modules = [m for m in (ref() for ref in self._modules.values()) if m is not None]
         inner = {id(child) for m in modules for child in m.children()}
+        return [m for m in modules if id(m) not in inner]
+
+    def _names(self) -> dict[int, tuple[str, Tensor]]:
+        """Storage -> name and tensor, from the outermost modules that are still there."""
         names: dict[int, tuple[str, Tensor]] = {}
-        for m in modules:
-            if id(m) not in inner:
-                for name, t in (*m.named_parameters(), *m.named_buffers()):
-                    if t.layout is torch.strided and type(t.data) is Tensor:
-                        names.setdefault(plan.storage_id(t), (name, t))
+        for name, t in self.named_tensors():
+            here = shard.local(t)
+            if here.layout is torch.strided and type(here.data) is Tensor:
+                names.setdefault(plan.storage_id(here), (name, t))
         return names
 
     def rows(self) -> list[Row]:

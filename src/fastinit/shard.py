@@ -56,8 +56,7 @@ def slabs(
     t: Tensor, global_shape: Sequence[int] | None = None, offset: Sequence[int] | None = None
 ) -> list[Slab]:
     """All of local(t). A plain t is the block at `offset` of a whole of `global_shape`."""
-    whole, held = _held(t, global_shape, offset)
-    here = local(t)
+    (whole, held), here = _held(t, global_shape, offset), local(t)
     if held is None or 0 in here.shape:
         return []
     if _layout(here.shape, here.stride()) is None:
@@ -213,11 +212,11 @@ def _inside(slab: Slab, begin: int, region: _Dims) -> list[Slab] | None:
     while todo:
         size, stride = todo.pop()
         d = bisect_right(axes, stride, key=_stride) - 1
-        if d < 0 or stride % axes[d][1]:
-            return None
         n, axis, step = axes[d]
-        turn, over = divmod(n * axis, stride)
-        if 1 < turn < size and over == size % turn == 0:  # it goes on along the next one
+        if stride % axis:
+            return None
+        turn = n * axis // stride
+        if 1 < turn < size and size % turn == 0:  # it goes on along the next one
             todo += [(turn, stride), (size // turn, turn * stride)]
         else:
             dims.append((size, stride, stride // axis * step))

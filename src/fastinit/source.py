@@ -72,6 +72,16 @@ def resolve(generator: torch.Generator | None, device: int) -> torch.Generator:
     return torch.cuda.default_generators[device]
 
 
+def is_default(generator: object) -> bool:
+    """Whether torch draws from it if none is given."""
+    if not isinstance(generator, torch.Generator):
+        return False
+    key = key_of(generator)
+    return key == key_of(torch.default_generator) or any(
+        key == key_of(g) for g in torch.cuda.default_generators
+    )
+
+
 def is_supported(generator: object, device: int) -> bool:
     """Whether it is a generator of that device (None: its default one)."""
     if generator is None:
