@@ -1199,7 +1199,8 @@ def test_nested_blocks_join(sim: Simulation) -> None:
         a = torch.empty(30).normal_()
         with fastinit.fused() as inner:
             b = torch.empty(40).uniform_()
-            net = fastinit.init_model_(nn.Linear(4, 3))
+            net = nn.Linear(4, 3)
+            fastinit.init_model_(net)
         assert inner is outer
         assert sim.launches == []
         c = torch.empty(20).uniform_()

@@ -17,7 +17,7 @@ import torch.nn.init as torch_init
 from torch import nn
 
 import fastinit
-from fastinit import materialize_, plan
+from fastinit import plan
 
 from .blocks import _full_of
 from .conftest import BF16, F16, F32, F64, assert_equal_seen, attempt, bits
@@ -25,6 +25,12 @@ from .models import ZOO, Tied, model_state
 
 Make = Callable[[], nn.Module]
 Fn = Callable[[nn.Module], Any]
+
+
+def materialize_(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model."""
+    fastinit.materialize_(model, *args, **kwargs)
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -847,7 +853,8 @@ def test_peak_memory(python: Callable[..., Any]) -> None:
 
         fastinit.materialize_(make(256), fn=reset)
         before = peak()
-        model = fastinit.materialize_(make(4096), fn=reset)
+        model = make(4096)
+        fastinit.materialize_(model, fn=reset)
         print(peak() - before)
         """
     )

@@ -131,7 +131,10 @@ def _why_not() -> str:
 
 
 def adopting(
-    tensors: Iterable[Tensor], model: nn.Module, seed: int | None = None, prefix: str = ""
+    tensors: Iterable[Tensor],
+    model: nn.Module | None = None,
+    seed: int | None = None,
+    prefix: str = "",
 ) -> fused:
     """A block in which fills of these tensors may wait as well, though they are older; whoever
     holds them sees to it that they live as long. Its report is about the model."""

@@ -10,6 +10,7 @@ before they are overwritten, or their storage dies, are never done.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import weakref
@@ -28,6 +29,7 @@ from fastinit.mode import Mode
 from fastinit.operators import PLAIN, leaves
 from fastinit.report import Report, Written, caller
 
+_OUT = ("out", "self")  # keywords of what operators write to
 _MOST_STATES = 2048  # pending random fills, each with 5 KB of generator state
 _MOST_LAYERS = 64  # pending fills of one storage
 
@@ -35,7 +37,7 @@ _MOST_LAYERS = 64  # pending fills of one storage
 class _Memory:
     """A storage whose fills may wait."""
 
-    __slots__ = ("fills", "key", "number", "weak", "written")
+    __slots__ = ("asked", "fills", "key", "number", "touched", "weak", "written")
 
     def __init__(self, tensor: Tensor) -> None:
         self.key = plan.storage_id(tensor)
@@ -44,6 +46,12 @@ class _Memory:
         self.fills: list[plan.Fill] = []  # pending, in order
         self.written: list[Written] = []  # for the report
         self.number = ""  # which takes the place of a name in the keyed stream
+        self.touched = False  # by anything that writes
+        self.asked = 0  # for how many fills of all of it
+
+    def nbytes(self) -> int:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.weak.cdata)
+        return 0 if storage is None else storage.nbytes()
 
     def is_dead(self) -> bool:
         return bool(self.weak.expired())  # type: ignore[no-untyped-call]
@@ -56,14 +64,18 @@ class _Memory:
             return False
         return plan.is_dense(first) and first.extent == (0, plan.storage_of(t).nbytes())
 
+    def note(self, new: Written, dense: bool) -> None:
+        """A fill has been written; nothing is left of those below it."""
+        begin, end = new.extent
+        if dense or self.written[-1:] == [new]:
+            kept = (w for w in self.written if w.extent[0] < begin or end < w.extent[1])
+            self.written = list(kept)
+        self.written.append(new)
+
     def settled(self) -> None:
-        """The fills have been written; nothing is left of those below them."""
+        """What was pending has been written."""
         for fill in self.fills:
-            begin, end = fill.extent
-            if plan.is_dense(fill) or self.written[-1:] == [Written.of(fill)]:
-                kept = (w for w in self.written if w.extent[0] < begin or end < w.extent[1])
-                self.written = list(kept)
-            self.written.append(Written.of(fill))
+            self.note(Written.of(fill), plan.is_dense(fill))
         self.fills = []
 
 
@@ -92,7 +104,10 @@ class Capture(Mode):
         # Others that may wait, too. Held until they are filled, so that none gets another's key.
         self._adoptable: dict[int, torch.UntypedStorage] = {}
         self._pending: dict[int, _Memory] = {}  # those of _known with fills
-        self._exposed: list[_Memory] = []  # that were known, for the report
+        # For the report: those that were known, and what may not wait but is asked about.
+        self._exposed: list[_Memory] = []
+        self._small: dict[int, _Memory] = {}
+        self._ours: frozenset[int] = frozenset()  # storages of the model it is about
         self._purge_at = 1024  # entries of _known
         self._states = 0  # pending random fills, at most
         self._scratch = torch.empty(source.STATE_SIZE, dtype=torch.uint8, device="cpu")
@@ -116,29 +131,38 @@ class Capture(Mode):
         """As torch does it, when what it may see is written."""
         if self._pending:
             self._settle_arguments(func, args, kwargs)
+        if operators.writes(func):
+            for x in (args[0] if args else None, *((kwargs or {}).get(name) for name in _OUT)):
+                for t in leaves(x):
+                    self._wrote(t)
+        if self.seed is not None and operators.is_random(func):
+            self.report.foreign.add(str(func))
         return func(*args, **kwargs) if kwargs else func(*args)
 
     # ---- storages ------------------------------------------------------------------------------
 
     def adopt(self, t: Tensor) -> None:
         """Let the fills of a tensor's storage wait."""
-        if type(t) not in PLAIN or t.layout is not torch.strided:
+        if type(t) not in PLAIN or t.layout is not torch.strided or t.numel() == 0:
             return
-        if self.seed is None and not plan.is_worth(t):
-            return
-        if t.numel() > 0 and plan.is_here(t):
+        if plan.is_here(t):
             memory = _Memory(t)
-            self._known.setdefault(memory.key, memory)
-            if len(self._known) > self._purge_at:
+            waits = self.seed is not None or plan.is_worth(t)
+            (self._known if waits else self._small).setdefault(memory.key, memory)
+            if len(self._known) + len(self._small) > self._purge_at:
                 self._purge()
 
     def adopt_all(self, tensors: Iterable[Tensor]) -> None:
         """The same for many tensors, most of which will be filled."""
+        ours = set(self._ours)
         for t in tensors:
-            plain = type(t) in PLAIN and t.layout is torch.strided
+            if type(t) not in PLAIN or t.layout is not torch.strided:
+                continue
+            ours.add(plan.storage_id(t))
             worth = plan.is_worth(t) or (self.seed is not None and t.numel() > 0)
-            if plain and worth and plan.is_here(t):
+            if worth and plan.is_here(t):
                 self._adoptable[plan.storage_id(t)] = plan.storage_of(t)
+        self._ours = frozenset(ours)
 
     def adopt_no_more(self) -> None:
         self._adoptable.clear()
@@ -149,8 +173,26 @@ class Capture(Mode):
             if memory.is_dead():
                 del self._known[key]
                 self._forget(memory)
+        self._small = {key: m for key, m in self._small.items() if not m.is_dead()}
         self._exposed = [memory for memory in self._exposed if not memory.is_dead()]
-        self._purge_at = max(1024, 2 * len(self._known) + len(self._exposed))
+        self._purge_at = max(1024, 2 * (len(self._known) + len(self._small)) + len(self._exposed))
+
+    def _wrote(self, t: Any, how: Written | None = None) -> None:
+        """Something has been written otherwise than by what waits."""
+        if shard.is_distributed(t):
+            t = shard.local(t)
+        memory = self._memory_of(t)
+        if memory is None and type(t) in PLAIN and t.layout is torch.strided:
+            key = plan.storage_id(t)
+            memory = self._small.get(key)
+            if memory is None and key in self._ours:
+                memory = self._small[key] = _Memory(t)
+        if memory is not None:
+            memory.touched = True
+            if how is not None:
+                whole = how.items * t.element_size() == how.extent[1] - how.extent[0]
+                memory.asked += whole and how.extent == (0, plan.storage_of(t).nbytes())
+                memory.note(how, whole)
 
     def _memory_of(self, t: Any) -> _Memory | None:
         """Of a plain tensor that may wait."""
@@ -187,6 +229,7 @@ class Capture(Mode):
         if type(t) not in PLAIN:
             return self._run(func, args, kwargs)
         if (memory is None or not memory.fills) and not plan.is_worth(t):
+            self._wrote(t, Written.small(t, *operators.numbers_of(func, args), caller()))
             return func(*args, **kwargs)
         if not plan.is_here(t):
             return self._run(func, args, kwargs)
@@ -198,7 +241,7 @@ class Capture(Mode):
                 if memory is not None:
                     self._settle_arguments(func, args, None)
                 fill.bumps = 0  # the operator counts the version up
-                self.report.at_once(fill)
+                self._at_once(fill)
                 execute.run([fill])
                 return t
         return self._run(func, args, kwargs)
@@ -266,8 +309,8 @@ class Capture(Mode):
             self._push(memory, fill)
             return
         self.read(here, law.op)
-        self.report.at_once(fill)
-        keyed.run([self._work(fill, plan.storage_of(here))])
+        execute.run_keyed([self._work(fill, plan.storage_of(here))])
+        self._at_once(fill)
 
     def _key_of(self, fill: plan.Fill) -> tuple[int, str]:
         """The key of Philox, and the name or number it comes from."""
@@ -308,12 +351,16 @@ class Capture(Mode):
                     slabs = shard.part(whole, begin, sizes, strides)
             elif slabs is None:
                 slabs = shard.slabs(t)
-        return keyed.Work(fill.law, self._key_of(fill)[0], t, slabs)
+        fill.owner, fill.slabs = self._key_of(fill), slabs
+        return keyed.Work(fill.law, fill.owner[0], t, slabs)
 
     # ---- order ---------------------------------------------------------------------------------
 
     def _push(self, memory: _Memory, fill: plan.Fill) -> None:
         self.report.record(fill)
+        memory.touched = True
+        if plan.is_dense(fill) and fill.extent[0] == 0:
+            memory.asked += fill.extent[1] == memory.nbytes()
         if memory.fills and plan.is_dense(fill):
             self._overwrite(memory, fill.extent)
         memory.fills.append(fill)
@@ -487,7 +534,7 @@ class Capture(Mode):
             execute.run_ahead(drawn)
         works = [self._work(fill, storage) for fill, storage in piece if fill.law is not None]
         if works:
-            keyed.run(works)
+            execute.run_keyed(works)
 
     def close(self) -> None:
         """The block is over."""
@@ -500,7 +547,7 @@ class Capture(Mode):
             raise
         finally:
             self._purge()
-            self.report.close((*self._known.values(), *self._exposed))
+            self.report.close((*self._known.values(), *self._small.values(), *self._exposed))
 
     # ---- what hooks.py and the functions of fastinit report ------------------------------------
 
@@ -517,6 +564,9 @@ class Capture(Mode):
         self.read(t, how)
         if self.watch is not None and how.startswith("Tensor."):
             self.watch(t)  # who has the address may write, too
+        if isinstance(t, Tensor):
+            with contextlib.suppress(NotImplementedError, RuntimeError):
+                self._wrote(t)
         try:
             memory = self._memory_of(t)
         except (NotImplementedError, RuntimeError):
@@ -555,8 +605,16 @@ class Capture(Mode):
                     torch.autograd.graph.increment_version([t] * bumps)
                     continue
                 self.read(t, fill.op)
-            self.report.at_once(fill)
+            fill.caller = caller()
+            self._at_once(fill)
             execute.run([fill], False)
+
+    def _at_once(self, fill: plan.Fill) -> None:
+        """It is about to be written."""
+        self.report.at_once(fill)
+        size, begin = fill.tensor.element_size(), int(fill.tensor.storage_offset())
+        end = begin + (fill.items if plan.is_dense(fill) else plan.span(fill.tensor))
+        self._wrote(fill.tensor, Written.of(fill)._replace(extent=(size * begin, size * end)))
 
     def call(self, function: functools.partial[Any], tensor: Tensor, overwrites: bool) -> None:
         """A function that fastinit leaves to torch, in most cases because it is small.
@@ -576,6 +634,7 @@ class Capture(Mode):
         memory = self._pending.get(plan.storage_id(tensor))
         if memory is None or (overwrites and _is_all(tensor)):
             version = 0 if memory is None else tensor._version
+            self._wrote(tensor, Written.small(tensor, function.func.__name__, 0.0, 0.0, caller()))
             try:
                 with torch._C._DisableTorchDispatch():
                     function()

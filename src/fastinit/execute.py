@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastinit import backend, cpu, cuda, plan, source
+from fastinit import backend, cpu, cuda, cuda_keyed, keyed, laws, plan, shard, source
+from fastinit.key import Key
 from fastinit.plan import Fill
 
 
@@ -127,3 +129,55 @@ def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
         cpu.run_ahead(on_cpu)
     if len(on_cpu) < len(fills):
         cuda.run_ahead([(fill, storage) for fill, storage in fills if fill.device >= 0])
+
+
+# ---- the keyed stream ----------------------------------------------------------------------------
+
+
+def fill_keyed(
+    function: str,
+    tensor: Tensor,
+    args: Sequence[Any],
+    key: Key | None,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
+) -> Tensor:
+    """What a function of torch.nn.init does, with numbers of a key.
+
+    Args:
+        function: its name
+        tensor: plain, or a DTensor, of which the elements of this process are written
+        args: its arguments but the tensor and the generator
+        key: None is enough for functions that draw nothing
+        global_shape: of the whole parameter, of which a plain tensor is a part
+        offset: where in the whole the tensor begins, for each dimension
+
+    Raises:
+        ValueError: a part that does not lie in the whole, or no key for random numbers.
+        RuntimeError, NotImplementedError: as torch's function, or a tensor without plain memory.
+    """
+    law = laws.law_of(function, tensor.dtype, shard.global_shape(tensor, global_shape), args)
+    if key is None and law.is_random:
+        raise ValueError(f"{function} of a part of a tensor needs generator=fastinit.Key(...)")
+    slabs = shard.slabs(tensor, global_shape, offset)
+    if law.op == "constant":  # any dtype
+        with torch.no_grad():
+            shard.local(tensor).fill_(args[0] if args else law.p[0])
+        return tensor
+    # Also for what is empty here: the next fill has the same number in every process.
+    philox = key.take()[0] if key is not None and law.is_random else 0
+    if not tensor.is_meta and slabs:
+        run_keyed([keyed.Work(law, philox, shard.local(tensor), slabs)])
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+    return tensor
+
+
+def run_keyed(works: Sequence[keyed.Work]) -> None:
+    """Write everything, in one native call for the CPU and one launch for each GPU."""
+    with backend.undisturbed():
+        on_gpu = [work for work in works if work.tensor.is_cuda and backend.can_use_cuda()]
+        if on_gpu:
+            cuda_keyed.run(on_gpu)
+        gone = {id(work) for work in on_gpu}
+        keyed.run([work for work in works if id(work) not in gone])

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from torch.nn import Parameter
 from torch.nn import init as _torch_init
 
-from fastinit import backend, execute, keyed, laws, plan, probe, qr, source
+from fastinit import backend, execute, laws, plan, probe, qr, source
 from fastinit.key import Key
 
 # fmt: off
@@ -114,7 +114,7 @@ def _fill_keyed(
     rest = args[:-1] if laws.draws(function) else args
     recorder = plan.this_thread.recorder
     if recorder is None:
-        return keyed.fill(function, tensor, rest, key, global_shape, offset)
+        return execute.fill_keyed(function, tensor, rest, key, global_shape, offset)
     recorder.fill_keyed(function, tensor, rest, key, (global_shape, offset))
     return tensor
 
@@ -242,6 +242,8 @@ def constant_(
 ) -> Tensor:
     """Fill `tensor` (any shape, any dtype) with `val` and return it; `torch.nn.init.constant_`.
 
+    A part of a constant is constant: `global_shape` and `offset` are only checked.
+
     Raises:
         RuntimeError: the dtype cannot hold `val`.
     """
@@ -258,6 +260,8 @@ def ones_(
 ) -> Tensor:
     """Fill `tensor` (any shape, any dtype) with 1 and return it; `torch.nn.init.ones_`.
 
+    A part of a constant is constant: `global_shape` and `offset` are only checked.
+
     Raises:
         RuntimeError: torch cannot write to such a tensor in place.
     """
@@ -273,6 +277,8 @@ def zeros_(
     offset: Sequence[int] | None = None,
 ) -> Tensor:
     """Fill `tensor` (any shape, any dtype) with 0 and return it; `torch.nn.init.zeros_`.
+
+    A part of a constant is constant: `global_shape` and `offset` are only checked.
 
     Raises:
         RuntimeError: torch cannot write to such a tensor in place.
@@ -292,6 +298,7 @@ def eye_(
 
     Args:
         tensor: shape (rows, columns), any dtype
+        global_shape, offset: of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: not two dimensions.
@@ -314,6 +321,7 @@ def dirac_(
         tensor: shape (out channels, in channels / groups, *kernel) with 1 to 3 kernel dimensions,
             any dtype
         groups: of the convolution; each keeps as many of its channels as fit
+        global_shape, offset: of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: other numbers of dimensions, or out channels not divisible by `groups`.

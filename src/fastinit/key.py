@@ -93,7 +93,7 @@ def named_tensors(
     for kind in ("_parameters", "_buffers"):
         for path, m in modules:
             for name, t in getattr(m, kind).items():
-                if t is not None:
+                if t is not None and not nn.parameter.is_lazy(t):
                     yield path + name, m, name, t
 
 

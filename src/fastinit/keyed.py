@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastinit import backend, laws, plan, qr, shard
-from fastinit.key import Key
+from fastinit import backend, laws, plan, qr
 from fastinit.laws import Law
 from fastinit.shard import MOST_DIMS, Slab
 
@@ -35,91 +34,72 @@ class Work(NamedTuple):
     slabs: Sequence[Slab]
 
 
-def fill(
-    function: str,
-    tensor: Tensor,
-    args: Sequence[Any],
-    key: Key | None,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
-) -> Tensor:
-    """What a function of torch.nn.init does, with numbers of a key.
+class _Batch:
+    """Work of one native call, and what has to be done behind it."""
 
-    Args:
-        function: its name
-        tensor: plain, or a DTensor, of which the elements of this process are written
-        args: its arguments but the tensor and the generator
-        key: None is enough for functions that draw nothing
-        global_shape: of the whole parameter, of which a plain tensor is a part
-        offset: where in the whole the tensor begins, for each dimension
+    def __init__(self) -> None:
+        self.scratch = 0  # bytes
+        self._packed: list[bytes] = []
+        self._masks: list[bytes] = []
+        self._matrices: list[qr.Job] = []
+        self._copies: list[tuple[Tensor, Work]] = []  # from memory that is written to first
 
-    Raises:
-        ValueError: a part that does not lie in the whole, or no key for random numbers.
-        RuntimeError, NotImplementedError: as torch's function, or a tensor without plain memory.
-    """
-    shape = shard.global_shape(tensor, global_shape)
-    law = laws.law_of(function, tensor.dtype, shape, args)
-    if key is None and law.is_random:
-        raise ValueError(f"{function} of a part of a tensor needs generator=fastinit.Key(...)")
-    slabs = shard.slabs(tensor, global_shape, offset)
-    if law.op == "constant":  # any dtype
-        with torch.no_grad():
-            shard.local(tensor).fill_(args[0] if args else law.p[0])
-        return tensor
-    philox = key.take()[0] if key is not None and law.is_random else 0
-    if not tensor.is_meta and slabs:
-        run([Work(law, philox, shard.local(tensor), slabs)])
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
-    return tensor
+    def add(self, work: Work) -> None:
+        to = work
+        if not is_direct(work, "cpu"):
+            to = elsewhere(work)
+            self._copies.append((to.tensor, work))
+            self.scratch += to.tensor.nbytes
+        if to.law.op == "orthogonal":
+            to, job = _reflectors(to)
+            self._matrices.append(job)
+            self.scratch += to.tensor.nbytes
+        if to.law.op == "sparse":
+            self._masks.append(_mask(to))
+        self._packed += packed(to)
+
+    def go(self) -> None:
+        for part in (self._packed, self._masks):
+            if part:
+                backend.run_keyed(b"".join(part))
+        if self._matrices:
+            qr.run(self._matrices)
+        for source, work in self._copies:
+            copy(source, work)
 
 
 def run(works: Iterable[Work]) -> None:
-    """Write everything, in one native call or launch for each device. Nothing may overlap."""
-    with backend.undisturbed():
-        packed: list[bytes] = []
-        masks: list[bytes] = []
-        matrices: list[qr.Job] = []
-        copies: list[tuple[Tensor, Work]] = []  # of memory that something else is written to first
-        for work in works:
-            to = work
-            if not _is_direct(work):
-                to = _elsewhere(work)
-                copies.append((to.tensor, work))
-            if to.law.op == "orthogonal":
-                to = _normals_of(to, matrices)
-            if to.law.op == "sparse":
-                masks.append(_mask(to))
-            packed += _packed(to)
-        for part in (packed, masks):
-            if part:
-                backend.run_keyed(b"".join(part))
-        if matrices:
-            qr.run(matrices)
-        for source, work in copies:
-            _copy(source, work)
+    """Write everything, in one native call as long as there is room for what is made elsewhere.
+
+    No two may overlap. Tensors of other devices are filled here and copied.
+    """
+    batch = _Batch()
+    for work in works:
+        batch.add(work)
+        if batch.scratch > qr.SCRATCH:
+            batch.go()
+            batch = _Batch()
+    batch.go()
 
 
-def _is_direct(work: Work) -> bool:
-    """Whether kernels of the CPU can write the elements where they belong."""
+def is_direct(work: Work, device: str) -> bool:
+    """Whether kernels of a kind of device can write the elements where they belong."""
     t = work.tensor
     if type(t) not in (Tensor, torch.nn.Parameter) or t.layout is not torch.strided or t.is_neg():
         raise NotImplementedError(f"the keyed stream cannot be written to a {type(t).__name__}")
-    if not (t.is_cpu and t.dtype in plan.DTYPES):
+    if t.device.type != device or t.dtype not in plan.DTYPES:
         return False
     return work.law.op not in _OF_WHOLE or (
-        t.is_contiguous()
-        and list(work.slabs) == [Slab(0, 0, ((t.numel(), 1, 1),))]
-        and t.numel() == work.law.items
+        t.is_contiguous() and list(work.slabs) == whole(t.numel()) and t.numel() == work.law.items
     )
 
 
-def _elsewhere(work: Work) -> Work:
+def elsewhere(work: Work) -> Work:
     """The same, or the whole parameter if nothing less will do, in memory of its own."""
     dtype = work.tensor.dtype if work.tensor.dtype in plan.DTYPES else torch.float32
     if work.law.op in _OF_WHOLE:
-        whole = torch.empty(work.law.items, dtype=dtype, device="cpu")
-        return Work(work.law, work.key, whole, [Slab(0, 0, ((work.law.items, 1, 1),))])
+        made = torch.empty(work.law.items, dtype=dtype, device="cpu")
+        return Work(work.law, work.key, made, whole(work.law.items))
     slabs: list[Slab] = []
     items = 0
     for slab in work.slabs:
@@ -132,8 +112,8 @@ def _elsewhere(work: Work) -> Work:
     return Work(work.law, work.key, torch.empty(items, dtype=dtype, device="cpu"), slabs)
 
 
-def _copy(source: Tensor, work: Work) -> None:
-    """To where it belongs; `source` as `_elsewhere` made it."""
+def copy(source: Tensor, work: Work) -> None:
+    """To where it belongs; `source` as `elsewhere` made it."""
     with torch.no_grad():
         begin = 0
         for slab in work.slabs:
@@ -154,17 +134,23 @@ def _copy(source: Tensor, work: Work) -> None:
                 begin += items
 
 
-def _normals_of(work: Work, matrices: list[qr.Job]) -> Work:
-    """The reflectors of orthogonal matrices, in the order that qr.write_haar_ wants."""
+def _reflectors(work: Work) -> tuple[Work, qr.Job]:
+    """The normals of orthogonal matrices, in the order that qr.write_haar_ wants; what is to become
+    of them."""
     count, rows, cols = work.law.shape
     out = work.tensor.view(count, rows, cols)
     items = count * qr.packed_items(rows, cols)
-    reflectors = torch.empty(items, dtype=qr.gaussian_dtype(out.dtype), device="cpu")
-    matrices.append(qr.haar_job(out, reflectors, work.law.p[0]))
-    return Work(laws.normal(0.0, 1.0), work.key, reflectors, [Slab(0, 0, ((items, 1, 1),))])
+    drawn = torch.empty(items, dtype=qr.gaussian_dtype(out.dtype), device="cpu")
+    normals = Work(laws.normal(0.0, 1.0), work.key, drawn, whole(items))
+    return normals, qr.haar_job(out, drawn, work.law.p[0])
 
 
-def _packed(work: Work) -> list[bytes]:
+def whole(items: int) -> list[Slab]:
+    """All of a contiguous tensor."""
+    return [Slab(0, 0, ((items, 1, 1),))]
+
+
+def packed(work: Work) -> list[bytes]:
     law, key, t, slabs = work
     base, size, dtype = plan.address_of(t), t.element_size(), plan.DTYPES[t.dtype]
     p = (*law.p, *_NOTHING[: 7 - len(law.p)])

@@ -191,7 +191,7 @@ class Plan:
 
 
 def _fill_keyed(tensor: Tensor, function: str, args: Any, key: Any, *block: Any) -> Tensor:
-    return keyed.fill(function, tensor, args, key, *block)
+    return execute.fill_keyed(function, tensor, args, key, *block)
 
 
 Fn = Callable[[nn.Module], object]
@@ -353,7 +353,7 @@ class _Keyed:
 
     def flush_works(self) -> None:
         works = [work for work in self._works if work is not None]
-        keyed.run(works)
+        execute.run_keyed(works)
         counted = [work.tensor for work in works if not work.tensor.is_inference()]
         torch.autograd.graph.increment_version(counted)
         self._works, self._room = [], plan.Room()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -93,6 +94,25 @@ _RANDOM: dict[Any, tuple[str, str, str, tuple[float, float]]] = {
     _aten.randn.default: ("normal_", "", "", (0.0, 1.0)),
     _aten.randn_like.default: ("normal_", "", "", (0.0, 1.0)),
 }
+
+
+def numbers_of(func: Any, args: Any) -> tuple[str, float, float]:
+    """What one of FILLS says it writes: name and up to two numbers."""
+    a, b = (*(float(x) if type(x) in (int, float) else math.nan for x in args[1:3]), 0.0, 0.0)[:2]
+    name = {"fill_": "constant", "zero_": "constant"}.get(func._schema.name[6:])
+    return name or func._schema.name[6:-1], a, b
+
+
+@functools.cache
+def writes(func: Any) -> bool:
+    schema = getattr(func, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+@functools.cache
+def is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+
 
 _empty, _like, _new = _aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default
 EMPTY = (_empty, _like, _new, _aten.empty_strided.default, _aten.new_empty_strided.default)

@@ -62,9 +62,11 @@ def verdict(op: str, dtype: torch.dtype, layout: str, device: int = -1) -> int |
     if key not in _verdicts:
         if device >= 0 and not backend.can_use_cuda():
             return None
+        _verdicts[key] = None  # torch's own trunc_normal_ asks while it is compared, in a block
         try:
             _verdicts[key] = _probe(*key)
         except torch.OutOfMemoryError:  # there may be more the next time
+            del _verdicts[key]
             return None
     return _verdicts[key]
 

@@ -47,6 +47,10 @@ class Row(NamedTuple):
     shape: tuple[int, ...]  # without a module: the number of elements
     dtype: torch.dtype
     written_by: tuple[str, ...]
+    kind: str  # "parameter", "buffer" or, without a name, ""
+    key: str  # of the keyed stream: a name, or "#" and a number; "": torch's numbers
+    status: str  # "written"; "unwritten": nobody has; "kept": a buffer as it was before
+    laws: tuple[Written, ...]
 
 
 class Written(NamedTuple):
@@ -59,12 +63,27 @@ class Written(NamedTuple):
     dtype: torch.dtype
     extent: tuple[int, int]
     caller: tuple[str, tuple[tuple[str, object], ...]] | None
+    bounds: tuple[float, float] | None = None  # of trunc_normal_
+    scale: float = 0.0  # orthogonal_: gain
+    key: str = ""
 
     @classmethod
     def of(cls, fill: Fill) -> Written:
-        return cls(
-            *(fill.op, fill.a, fill.b, fill.items, fill.tensor.dtype, fill.extent, fill.caller)
-        )
+        bounds, scale, key = fill.bounds, fill.scale, ""
+        if fill.law is not None:
+            key = fill.owner[1] if isinstance(fill.owner, tuple) and fill.law.is_random else ""
+            bounds = fill.law.p[2:4] if fill.op == "trunc_normal" else None
+            scale = fill.law.p[0]
+        dtype = fill.tensor.dtype
+        extent, caller = fill.extent, fill.caller
+        return cls(fill.op, fill.a, fill.b, fill.items, dtype, extent, caller, bounds, scale, key)
+
+    @classmethod
+    def small(cls, t: Tensor, op: str, a: float, b: float, caller: Any) -> Written:
+        """What is not worth a fill."""
+        size, begin = t.element_size(), int(t.storage_offset())
+        extent = (size * begin, size * (begin + plan.span(t))) if t.numel() else (0, 0)
+        return cls(op, a, b, t.numel(), t.dtype, extent, caller)
 
 
 class _Memory(Protocol):
@@ -74,6 +93,10 @@ class _Memory(Protocol):
     def weak(self) -> Any: ...
     @property
     def written(self) -> list[Written]: ...
+    @property
+    def touched(self) -> bool: ...
+    @property
+    def asked(self) -> int: ...
 
 
 @dataclass
@@ -89,6 +112,11 @@ class Report:
     early: list[Early] = field(default_factory=list)
     reason: str = ""  # why nothing was captured, if so
     threads: set[str] = field(default_factory=set)  # whose running kept fills from waiting
+    unwritten: list[str] = field(default_factory=list)  # names of what nobody initialised
+    repeated: list[str] = field(default_factory=list)  # of what was asked to be filled twice
+    tied: list[tuple[str, ...]] = field(default_factory=list)  # names of one tensor each
+    kept: list[str] = field(default_factory=list)  # of buffers that are as they were
+    foreign: set[str] = field(default_factory=set)  # operators that drew from torch's generators
     progress: bool = False  # show a bar while writing what waited until the end
     prefix: str = ""  # of all names
     model: weakref.ref[nn.Module] | None = None  # it is about; None: whatever the block made
@@ -107,7 +135,39 @@ class Report:
         self.at_once_elements += fill.items
 
     def close(self, memories: Iterable[_Memory]) -> None:
+        """The block is over: what its tensors are now is what is reported of them."""
+        memories = list(memories)
         self._memories += [m for m in memories if m.written]
+        seen = {m.key: m for m in memories}
+        about = self.model is not None
+        groups: dict[int, list[str]] = {}
+        for name, t in self.named_tensors():
+            others = groups.setdefault(id(t), [])
+            others.append(name)
+            here = shard.local(t)
+            if len(others) > 1 or here.is_meta or here.numel() == 0 or not _has_storage(here):
+                continue
+            memory = seen.get(plan.storage_id(here))
+            if memory is not None and memory.asked > 1:
+                self.repeated.append(name)
+            if memory.touched if memory is not None else not about:
+                continue
+            is_kept = about and memory is None and not isinstance(t, nn.Parameter)
+            (self.kept if is_kept else self.unwritten).append(name)
+        self.tied += [tuple(names) for names in groups.values() if len(names) > 1]
+
+    def check(self) -> None:
+        """Raise RuntimeError if something holds whatever was in its memory before.
+
+        After `init_model_` these are parameters that its function did not write; after
+        `materialize_` whatever is still on the meta device.
+        """
+        if self.unwritten:
+            names = ", ".join(self.unwritten[:10])
+            more = f" and {len(self.unwritten) - 10} more" if len(self.unwritten) > 10 else ""
+            raise RuntimeError(
+                f"{len(self.unwritten)} tensors were never initialised: {names}{more}"
+            )
 
     @contextmanager
     def writing(self, fills: list[Fill], reader: object) -> Iterator[Callable[[int], object]]:
@@ -156,7 +216,7 @@ class Report:
         names: dict[int, tuple[str, Tensor]] = {}
         for name, t in self.named_tensors():
             here = shard.local(t)
-            if here.layout is torch.strided and type(here.data) is Tensor:
+            if _has_storage(here):
                 names.setdefault(plan.storage_id(here), (name, t))
         return names
 
@@ -171,7 +231,14 @@ class Report:
             fill = m.written[-1]
             shape = tuple(t.shape) if t is not None else (fill.items,)
             calls = tuple(_call(f, shape) for f in m.written)
-            rows.append(Row(name, shape, fill.dtype, calls))
+            kind = "" if t is None else "parameter" if isinstance(t, nn.Parameter) else "buffer"
+            keys = ", ".join({f.key: None for f in m.written if f.key})
+            rows.append(Row(name, shape, fill.dtype, calls, kind, keys, "written", (*m.written,)))
+        for status, missing in (("unwritten", set(self.unwritten)), ("kept", set(self.kept))):
+            for name, t in names.values():
+                if name in missing:
+                    kind = "parameter" if isinstance(t, nn.Parameter) else "buffer"
+                    rows.append(Row(name, tuple(t.shape), t.dtype, (), kind, "", status, ()))
         order = {name: i for i, (name, _) in enumerate(names.values())}
         return sorted(rows, key=lambda row: order.get(row.name, len(order)))
 
@@ -179,13 +246,14 @@ class Report:
         """Layers that differ by numbers in their names only share a line."""
         groups: dict[Row, list[str]] = {}
         for row in self.rows():
-            pattern = row._replace(name=re.sub(r"\d+", "*", row.name))
+            pattern = row._replace(name=re.sub(r"\d+", "*", row.name), key="", laws=())
             groups.setdefault(pattern, []).append(row.name)
         for row, names in groups.items():
             n = len(names)
             yield (
                 *(f"{n} x " if n > 1 else "", (row.name if n > 1 else names[0]) or "(unnamed)"),
-                *("x".join(map(str, row.shape)), str(row.dtype)[6:], ", ".join(row.written_by)),
+                *("x".join(map(str, row.shape)), str(row.dtype)[6:]),
+                ", ".join(row.written_by) or row.status.upper(),
             )
 
     def __str__(self) -> str:
@@ -205,6 +273,16 @@ class Report:
             lines.append(f"Nothing waited while threads started in the block were running: {names}")
         lines = [part for line in lines for part in textwrap.wrap(line, width)]
         lines += _columns([("", "tensor", "shape", "dtype", "written by"), *self._table()], width)
+        for title, found in (
+            ("Never initialised", self.unwritten),
+            ("Buffers that are as they were", self.kept),
+            ("Filled more than once, written once", self.repeated),
+            ("Tied", [" = ".join(names) for names in self.tied]),
+            ("Drawn from torch's generators, whatever the seed", sorted(self.foreign)),
+        ):
+            if found:
+                more = [f"and {len(found) - 10} more"] if len(found) > 10 else []
+                lines += textwrap.wrap(f"{title}: {', '.join([*found[:10], *more])}", width)
         early: Counter[tuple[str, str]] = Counter()
         for e in self.early:
             early[e.operator, e.line] += e.elements
@@ -213,6 +291,10 @@ class Report:
             for (operator, line), elements in early.most_common(10):
                 lines.append(f"  {_count(elements):>8}  {operator} at {line}"[:width])
         return "\n".join(lines)
+
+
+def _has_storage(t: Tensor) -> bool:
+    return t.layout is torch.strided and type(t.data) is Tensor
 
 
 def _count(n: int) -> str:
@@ -270,7 +352,7 @@ def _line() -> str:
 def _call(fill: Written, shape: tuple[int, ...]) -> str:
     if fill.caller is None:
         numbers = {"constant": (fill.a,), "uniform": (fill.a, fill.b), "normal": (fill.a, fill.b)}
-        name = "fill_" if fill.op == "constant" else f"{fill.op}_"
+        name = "fill_" if fill.op == "constant" else f"{fill.op.rstrip('_')}_"
         return f"{name}({', '.join(f'{x:.4g}' for x in numbers.get(fill.op, ()))})"
     name, arguments = fill.caller
     shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in arguments]

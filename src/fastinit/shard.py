@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 MOST_DIMS = 5
+_PLAIN = (Tensor, torch.nn.Parameter)
 _GIVEN = "a DTensor knows its global shape and offset: neither can be given"
 _Runs = list[range]  # consecutive indices in one dimension, as they lie in memory
 _Cut = tuple[int, int, int]  # into how many pieces, which is here, split factor
@@ -56,6 +57,8 @@ def slabs(
     t: Tensor, global_shape: Sequence[int] | None = None, offset: Sequence[int] | None = None
 ) -> list[Slab]:
     """All of local(t). A plain t is the block at `offset` of a whole of `global_shape`."""
+    if global_shape is None and offset is None and type(t) in _PLAIN and t.is_contiguous():
+        return [Slab(0, 0, ((t.numel(), 1, 1),))] if t.numel() else []  # most are like this
     (whole, held), here = _held(t, global_shape, offset), local(t)
     if held is None or 0 in here.shape:
         return []
@@ -213,7 +216,7 @@ def _inside(slab: Slab, begin: int, region: _Dims) -> list[Slab] | None:
         size, stride = todo.pop()
         d = bisect_right(axes, stride, key=_stride) - 1
         n, axis, step = axes[d]
-        if stride % axis:
+        if stride % axis:  # or smaller than all, d = -1
             return None
         turn = n * axis // stride
         if 1 < turn < size and size % turn == 0:  # it goes on along the next one
