@@ -28,62 +28,56 @@ FI_LAW void philox(uint64_t key, W block, uint32_t domain, W* w) {
   w[3] = p0;
 }
 
-FI_LAW F negative(F v) { return view(bits(v) ^ words(0x80000000)); }
-
 // ---- float32
 // -------------------------------------------------------------------------------------
 
-// -ln u of a word, u = (w + 1/2) / 2^32: v = min(w, ~w) becomes a float, so that small u and small
-// 1 - u both have all their digits.
+// A word as u = (w + 1/2) / 2^32: min(w, ~w) becomes a float, so that small u and small 1 - u both
+// have all their digits.
 struct Unit {
-  F y;         // (v + 1/2) / 2^32, at most 1/2
-  U is_upper;  // all bits set if u = 1 - y, otherwise u = y
-  FI_LAW explicit Unit(U w) {
-    is_upper = sra<31>(w);
-    y = fma(to_float(w ^ is_upper), floats(0x1p-32f), floats(0x1p-33f));
+  M is_upper;  // u = 1 - y, otherwise u = y
+  F y;         // at most 1/2
+  FI_LAW explicit Unit(U w) : is_upper(bit<31>(w)) {
+    y = fma(to_float(w ^ sra<31>(w)), floats(0x1p-32f), floats(0x1p-33f));
   }
 };
 
-// ln of x = scale^-1 (1 + f), |f| at most 1/3; `exponent` is 2^23 log2 of scale^-1. The rounding
-// error of the sum, of which the square root below makes use, goes to `rest`.
-FI_LAW F log_of(U exponent, F f, F* rest) {
-  F q = floats(-0x1.07f7dap-3f);  // (ln(1 + f) - f) / f^2, within 0.1 * 2^-24 of the logarithm
-  q = fma(q, f, floats(0x1.1e73a2p-3f));
-  q = fma(q, f, floats(-0x1.f317dep-4f));
-  q = fma(q, f, floats(0x1.1ed424p-3f));
-  q = fma(q, f, floats(-0x1.559d8ap-3f));
-  q = fma(q, f, floats(0x1.99d05ep-3f));
-  q = fma(q, f, floats(-0x1.fffef2p-3f));
-  q = fma(q, f, floats(0x1.555506p-2f));
-  q = fma(q, f, floats(-0.5f));
-  const F p = fma(q, mul(f, f), f), e = to_float(exponent), ln2 = floats(0x1.62e43p-24f);  // 2^-23
-  const F sum = fma(e, ln2, p);
-  *rest = plus(p, negative(fnma(e, ln2, sum)));
-  return sum;
+FI_LAW U exponent_of(F x) {  // e 2^23 for x = 2^e (1 + f) with |f| at most 1/3
+  return sub(bits(x), words(0x3F2AAAAB)) & words(0xFF800000);
 }
 
-FI_LAW U exponent_of(F x) {  // so that 1 + f is between 2/3 and 4/3
-  return sub(bits(x), words(0x3F2AAAAB)) & words(0xFF800000);
+// -2 ln(2^e (1 + f)) of h = -2 f. What the sum loses goes to `rest`.
+FI_LAW F minus_two_log(U exponent, F h, F* rest) {
+  F q = floats(0x1.07f7dap-12f);  // within 0.1 * 2^-24 of the logarithm
+  q = fma(q, h, floats(0x1.1e73a2p-11f));
+  q = fma(q, h, floats(0x1.f317dep-11f));
+  q = fma(q, h, floats(0x1.1ed424p-9f));
+  q = fma(q, h, floats(0x1.559d8ap-8f));
+  q = fma(q, h, floats(0x1.99d05ep-7f));
+  q = fma(q, h, floats(0x1.fffef2p-6f));
+  q = fma(q, h, floats(0x1.555506p-4f));
+  q = fma(q, h, floats(0x1.0p-2f));
+  const F p = fma(q, mul(h, h), h), e = to_float(exponent), ln2 = floats(0x1.62e43p-23f);
+  const F sum = fnma(e, ln2, p);
+  *rest = minus(p, fma(e, ln2, sum));
+  return sum;
 }
 
 // Two standard normals: Box and Muller (1958).
 FI_LAW void normals(U r, U a, F* z0, F* z1) {
   const Unit u(r);
-  const F x = if_clear(u.is_upper, words(1), u.y, plus(floats(1.0f), negative(u.y)));
-  const U exponent = exponent_of(x);
-  const F scale = view(sub(words(0x3F800000), exponent));
-  // f = scale u - 1, exact.
-  const F f = fma(view(bits(u.y) ^ (u.is_upper & words(0x80000000))), scale,
-                  plus(view(bits(scale) & u.is_upper), floats(-1.0f)));
+  const U exponent = exponent_of(minus_if(u.is_upper, floats(1.0f), u.y));
+  // h = -2 (2^-e u - 1), exact.
+  const F scale = view(sub(words(0xC0000000), exponent));  // -2 * 2^-e
+  const F h = fma(flip(u.y, r), scale, plus_if(u.is_upper, scale, floats(2.0f)));
   F rest;
-  const F square = mul(log_of(exponent, f, &rest), floats(-2.0f));
+  const F square = minus_two_log(exponent, h, &rest);
   const F radius = root(square);
   // What the root has lost: (square - radius^2) / (2 radius), the reciprocal to four bits.
-  const F missing = fma(rest, floats(-2.0f), fnma(radius, radius, square));
+  const F missing = plus(rest, fnma(radius, radius, square));
   const F low = mul(missing, view(sub(words(0x7E7311C7), bits(radius))));
 
-  // A quarter turn: a = quarter 2^30 + n, t = (n + 1/2) / 2^30, between -1/2 and 1/2.
-  const U quarter = shr<30>(add(a, words(0x20000000)));
+  // Quarter turns: a = quarter 2^30 + n, t = (n + 1/2) / 2^30, between -1/2 and 1/2.
+  const U turned = add(a, words(0x20000000));
   const F t = fma(to_float(sra<2>(shl<2>(a))), floats(0x1p-30f), floats(0x1p-31f)), tt = mul(t, t);
   F s = floats(-0x1.2ddcecp-8f);  // sin(pi/2 t) / t - float(pi/2)
   s = fma(s, tt, floats(0x1.46607ep-4f));
@@ -96,11 +90,9 @@ FI_LAW void normals(U r, U a, F* z0, F* z1) {
   c = fma(c, tt, floats(-0x1.3bd3ccp+0f));
   const F across = plus(radius, fma(radius, mul(c, tt), low)),
           up = fma(radius, sine, mul(low, sine));
-  const U odd = quarter & words(1);
-  const F first = if_clear(odd, words(1), across, up), second = if_clear(odd, words(1), up, across);
-  const U turned = add(quarter, words(1)) & words(2), back = quarter & words(2);
-  *z0 = view(bits(first) ^ shl<30>(turned));
-  *z1 = view(bits(second) ^ shl<30>(back));
+  const M is_odd = bit<30>(turned);
+  *z0 = flip(either(is_odd, up, across), add(turned, words(0x40000000)));
+  *z1 = flip(either(is_odd, across, up), turned);
 }
 
 struct KeyedUniform {
@@ -143,12 +135,11 @@ struct KeyedTruncated {
         over(floats(static_cast<float>(p[6]))) {}
   FI_LAW F of(U w) const {
     const Unit u(w);
-    const F rest = plus(floats(1.0f), negative(u.y));
-    const F from_lo = if_clear(u.is_upper, words(1), u.y, rest);
-    const F from_hi = if_clear(u.is_upper, words(1), rest, u.y);
+    const F rest = minus(floats(1.0f), u.y);
+    const F from_lo = either(u.is_upper, rest, u.y), from_hi = either(u.is_upper, u.y, rest);
     // How much lies below the value and above it; the smaller one has all its digits.
     const F p = fma(from_lo, inside, under), q = fma(from_hi, inside, over), t = smaller(p, q);
-    const F d = plus(floats(0.5f), negative(t)), s = fnma(d, d, floats(0.180625f));
+    const F d = minus(floats(0.5f), t), s = fnma(d, d, floats(0.180625f));
     F n0 = floats(0x1.d8d4c4p+5f), m0 = floats(0x1.0cbbp+6f);  // z / d
     n0 = fma(n0, s, floats(0x1.3e913cp+7f));
     m0 = fma(m0, s, floats(0x1.3b04ep+6f));
@@ -158,8 +149,9 @@ struct KeyedTruncated {
     m0 = fma(m0, s, floats(1.0f));
     const U exponent = exponent_of(t);
     F low;
-    const F f = fma(t, view(sub(words(0x3F800000), exponent)), floats(-1.0f));
-    const F r = plus(root(negative(log_of(exponent, f, &low))), floats(-1.6f));
+    const F h = fma(t, view(sub(words(0xC0000000), exponent)), floats(2.0f));
+    const F square = mul(minus_two_log(exponent, h, &low), floats(0.5f));
+    const F r = minus(root(square), floats(1.6f));
     F n1 = floats(0x1.f56daap-6f), m1 = floats(0x1.627b52p-6f);
     n1 = fma(n1, r, floats(0x1.d4526cp-2f));
     m1 = fma(m1, r, floats(0x1.281ca6p-2f));
@@ -170,7 +162,7 @@ struct KeyedTruncated {
     n1 = fma(n1, r, floats(0x1.6c666p+0f));
     const F edge = floats(0.075f);
     const F z = quotient(if_less(edge, t, n0, n1), if_less(edge, t, m0, m1));
-    const F value = fma(if_less(q, p, z, negative(z)), std, mean);
+    const F value = fma(if_less(q, p, z, flip(z, words(0x80000000))), std, mean);
     return larger(smaller(value, hi), lo);
   }
   FI_LAW void operator()(U a, U b, F* x, F* y) const {

@@ -130,6 +130,16 @@ FI_INLINE void zip(F x, F y, F& low, F& high) {
 }
 FI_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 FI_INLINE F plus(F a, F b) { return _mm256_add_ps(a, b); }
+FI_INLINE F minus(F a, F b) { return _mm256_sub_ps(a, b); }
+FI_INLINE F flip(F v, U by) { return view(bits(v) ^ (by & words(0x80000000))); }
+using M = F;  // by the sign
+template <int n>
+FI_INLINE M bit(U v) {
+  return view(shl<31 - n>(v));
+}
+FI_INLINE F either(M m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
+FI_INLINE F minus_if(M m, F a, F b) { return either(m, minus(a, b), b); }
+FI_INLINE F plus_if(M m, F a, F b) { return either(m, plus(a, b), b); }
 FI_INLINE F quotient(F a, F b) { return _mm256_div_ps(a, b); }
 FI_INLINE F smaller(F a, F b) { return _mm256_min_ps(a, b); }
 FI_INLINE F larger(F a, F b) { return _mm256_max_ps(a, b); }

@@ -143,6 +143,18 @@ FI_INLINE void zip(F x, F y, F& low, F& high) {
 }
 FI_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 FI_INLINE F plus(F a, F b) { return _mm512_add_ps(a, b); }
+FI_INLINE F minus(F a, F b) { return _mm512_sub_ps(a, b); }
+FI_INLINE F flip(F v, U by) {
+  return view(_mm512_ternarylogic_epi32(bits(v), by, words(0x80000000), 0x78));
+}
+using M = __mmask16;
+template <int n>
+FI_INLINE M bit(U v) {
+  return n == 31 ? _mm512_movepi32_mask(v) : _mm512_test_epi32_mask(v, words(1u << n));
+}
+FI_INLINE F either(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
+FI_INLINE F minus_if(M m, F a, F b) { return _mm512_mask_sub_ps(b, m, a, b); }
+FI_INLINE F plus_if(M m, F a, F b) { return _mm512_mask_add_ps(b, m, a, b); }
 FI_INLINE F quotient(F a, F b) { return _mm512_div_ps(a, b); }
 FI_INLINE F smaller(F a, F b) { return _mm512_min_ps(a, b); }
 FI_INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }

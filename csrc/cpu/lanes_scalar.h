@@ -139,6 +139,18 @@ FI_INLINE void zip(F x, F y, F& low, F& high) {  // what `pair`ed words became, 
 }
 FI_INLINE F mul(F a, F b) { return a * b; }
 FI_INLINE F plus(F a, F b) { return a + b; }
+FI_INLINE F minus(F a, F b) { return a - b; }
+FI_INLINE F flip(F v, U by) {
+  return view(bits(v) ^ (by & 0x80000000));
+}                // its sign, if by's is set
+using M = bool;  // for each lane
+template <int n>
+FI_INLINE M bit(U v) {
+  return (v >> n & 1) != 0;
+}
+FI_INLINE F either(M m, F yes, F no) { return m ? yes : no; }
+FI_INLINE F minus_if(M m, F a, F b) { return m ? a - b : b; }
+FI_INLINE F plus_if(M m, F a, F b) { return m ? a + b : b; }
 FI_INLINE F quotient(F a, F b) { return a / b; }
 FI_INLINE F smaller(F a, F b) { return a < b ? a : b; }
 FI_INLINE F larger(F a, F b) { return a > b ? a : b; }
