@@ -144,7 +144,9 @@ def test_at_once() -> None:
         torch_init.trunc_normal_(cut)  # draws as often as its values require
     assert counts(report) == (0, 0, 0, 11000)
     assert "11,000 more filled natively when asked for." in str(report)
-    assert [row.written_by for row in rows(report)] == [("trunc_normal_(mean=0, std=1, a=-2, b=2)",)]
+    assert [row.written_by for row in rows(report)] == [
+        ("trunc_normal_(mean=0, std=1, a=-2, b=2)",)
+    ]
 
 
 def test_nothing_at_once_is_not_mentioned() -> None:

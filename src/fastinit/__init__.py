@@ -60,4 +60,4 @@ __all__ = [  # torch's own come first
     ),
     *("orthogonal_batched_", "uninstall"),
 ]
-__version__ = "0.4.0"
+__version__ = "0.5.0"

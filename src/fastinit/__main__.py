@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""python -m fastinit demo | info | verify | bench"""
+"""python -m fastinit demo | info | verify | bench | inspect"""
 
 from __future__ import annotations
 
@@ -246,6 +246,13 @@ def run_bench(selected: str, device: str = "cpu", json: str | None = None) -> in
     return 0
 
 
+def inspect(target: str, seed: int | None, plot: str | None, meta: bool) -> int:
+    """Build a model and compare every tensor's mean and deviation with the rule that filled it."""
+    from fastinit import inspect_model
+
+    return inspect_model.main(target, seed, plot, meta)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastinit", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -257,6 +264,11 @@ def main() -> int:
         command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     timing.add_argument("--json", help="also write the figures to this file (with --device cuda)")
     timing.add_argument("cases", nargs="?", default="", help="only cases whose name contains this")
+    looking = commands.add_parser("inspect", help=inspect.__doc__)
+    looking.add_argument("target", help="module:factory, what builds the model without arguments")
+    looking.add_argument("--seed", type=int, help="of the keyed stream (default: torch's numbers)")
+    looking.add_argument("--plot", metavar="PNG", help="draw the distributions to this file")
+    looking.add_argument("--meta", action="store_true", help="build it by way of the meta device")
     arguments = parser.parse_args()
     if getattr(arguments, "device", "cpu") == "cuda":
         import torch
@@ -268,6 +280,8 @@ def main() -> int:
         return run_bench(arguments.cases, arguments.device, arguments.json)
     if arguments.command == "verify":
         return verify(arguments.device)
+    if arguments.command == "inspect":
+        return inspect(arguments.target, arguments.seed, arguments.plot, arguments.meta)
     return {"demo": demo, "info": info}[arguments.command]()
 
 

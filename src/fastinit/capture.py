@@ -67,6 +67,9 @@ class _Memory:
     def note(self, new: Written, dense: bool) -> None:
         """A fill has been written; nothing is left of those below it."""
         begin, end = new.extent
+        if new.op == "sparse_mask" and self.written and self.written[-1].caller == new.caller:
+            self.written[-1] = self.written[-1]._replace(op="sparse")  # its other half
+            return
         if dense or self.written[-1:] == [new]:
             kept = (w for w in self.written if w.extent[0] < begin or end < w.extent[1])
             self.written = list(kept)
@@ -132,9 +135,12 @@ class Capture(Mode):
         if self._pending:
             self._settle_arguments(func, args, kwargs)
         if operators.writes(func):
-            for x in (args[0] if args else None, *((kwargs or {}).get(name) for name in _OUT)):
+            name = func._schema.name.partition("::")[2]
+            for x in (args[0] if args else None, *((kwargs or {}).get(k) for k in _OUT)):
                 for t in leaves(x):
-                    self._wrote(t)
+                    if isinstance(t, Tensor):
+                        overwrites = func._schema.name in operators.OVERWRITING
+                        self._wrote(t, Written.small(t, name, 0.0, 0.0, caller()), overwrites)
         if self.seed is not None and operators.is_random(func):
             self.report.foreign.add(str(func))
         return func(*args, **kwargs) if kwargs else func(*args)
@@ -177,7 +183,7 @@ class Capture(Mode):
         self._exposed = [memory for memory in self._exposed if not memory.is_dead()]
         self._purge_at = max(1024, 2 * (len(self._known) + len(self._small)) + len(self._exposed))
 
-    def _wrote(self, t: Any, how: Written | None = None) -> None:
+    def _wrote(self, t: Any, how: Written | None = None, overwrites: bool = True) -> None:
         """Something has been written otherwise than by what waits."""
         if shard.is_distributed(t):
             t = shard.local(t)
@@ -191,8 +197,9 @@ class Capture(Mode):
             memory.touched = True
             if how is not None:
                 whole = how.items * t.element_size() == how.extent[1] - how.extent[0]
-                memory.asked += whole and how.extent == (0, plan.storage_of(t).nbytes())
-                memory.note(how, whole)
+                if overwrites:
+                    memory.asked += whole and how.extent == (0, plan.storage_of(t).nbytes())
+                memory.note(how, whole and overwrites)
 
     def _memory_of(self, t: Any) -> _Memory | None:
         """Of a plain tensor that may wait."""
@@ -312,47 +319,36 @@ class Capture(Mode):
         execute.run_keyed([self._work(fill, plan.storage_of(here))])
         self._at_once(fill)
 
-    def _key_of(self, fill: plan.Fill) -> tuple[int, str]:
-        """The key of Philox, and the name or number it comes from."""
-        if isinstance(fill.owner, tuple):
-            return fill.owner
+    def _resolve(self, fill: plan.Fill, t: Tensor) -> None:
+        """Find the key of what is written to t, and where in the whole parameter it belongs."""
+        owner = fill.owner
+        if isinstance(owner, tuple):
+            fill.slabs = fill.slabs or shard.slabs(t)
+            return
         assert self.seed is not None
         if not self._named and self.report.model is not None:
             self._know()
-        label = fill.owner.number
-        for name, t in self._named.get(fill.owner.key, ()):
-            if self._slabs_in(fill, t) is not None:
-                label = "/" + name
+        label, slabs = owner.number, fill.slabs
+        for name, whole in self._named.get(owner.key, ()):
+            found = slabs or _slabs_in(whole, fill.box)
+            if found is not None:
+                label, slabs = "/" + name, found
                 break
-        else:
-            if not label:
-                label = fill.owner.number = f"#{next(self._numbers)}"
-        return derived(self.seed, label), label.lstrip("/")
-
-    @staticmethod
-    def _slabs_in(fill: plan.Fill, t: Tensor) -> Any:
-        """Which elements of a parameter it writes; None: not only such."""
-        begin, sizes, strides = fill.box
-        return shard.part(t, begin - int(shard.local(t).storage_offset()), sizes, strides)
+        if not label:
+            label = owner.number = f"#{next(self._numbers)}"
+        if slabs is None:  # nobody's: elements count from the beginning of the storage
+            storage, size = plan.storage_of(t), t.element_size()
+            flat = torch.empty(0, dtype=t.dtype, device=t.device)
+            flat.set_(storage, 0, (storage.nbytes() // size,), (1,))  # type: ignore[call-overload,unused-ignore]
+            slabs = shard.part(flat, *fill.box)
+        fill.owner, fill.slabs = (derived(self.seed, label), label.lstrip("/")), slabs
 
     def _work(self, fill: plan.Fill, storage: torch.UntypedStorage) -> keyed.Work:
-        begin, sizes, strides = fill.box
         with backend.undisturbed():
             t = torch.empty(0, dtype=fill.tensor.dtype, device=storage.device)
-            t.set_(storage, begin, sizes, strides)  # type: ignore[call-overload,unused-ignore]
-            slabs = fill.slabs
-            if slabs is None and isinstance(fill.owner, _Memory):
-                found = (self._slabs_in(fill, p) for _, p in self._named.get(fill.owner.key, ()))
-                slabs = next((s for s in found if s is not None), None)
-                if slabs is None:  # nobody's: elements count from the beginning of the storage
-                    whole = torch.empty(0, dtype=t.dtype, device=t.device)
-                    items = storage.nbytes() // t.element_size()
-                    whole.set_(storage, 0, (items,), (1,))  # type: ignore[call-overload,unused-ignore]
-                    slabs = shard.part(whole, begin, sizes, strides)
-            elif slabs is None:
-                slabs = shard.slabs(t)
-        fill.owner, fill.slabs = self._key_of(fill), slabs
-        return keyed.Work(fill.law, fill.owner[0], t, slabs)
+            t.set_(storage, *fill.box)  # type: ignore[call-overload,unused-ignore]
+            self._resolve(fill, t)
+        return keyed.Work(fill.law, fill.owner[0], t, fill.slabs)
 
     # ---- order ---------------------------------------------------------------------------------
 
@@ -417,7 +413,11 @@ class Capture(Mode):
             if fill is not None and memory is not None and self._record(memory, fill):
                 return out
             del out, fill  # before torch allocates again
-        return self._run(func, args, kwargs)
+        out = self._run(func, args, kwargs)
+        if type(out) is Tensor and not plan.is_worth(out) and not kwargs.get("pin_memory"):
+            self.adopt(out)
+            self._wrote(out, Written.small(out, *operators.numbers_of(func, args), None))
+        return out
 
     def _clone(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The copy of what is pending is pending, too."""
@@ -643,6 +643,15 @@ class Capture(Mode):
                     self._forget(memory)
         else:
             function()
+
+
+def _slabs_in(whole: Tensor, box: tuple[int, tuple[int, ...], tuple[int, ...]]) -> Any:
+    """Which elements of a parameter a box of its storage is; None: not only such."""
+    here = shard.local(whole)
+    begin = box[0] - int(here.storage_offset())
+    if begin == 0 and box[1:] == (here.shape, here.stride()):
+        return shard.slabs(whole)
+    return shard.part(whole, begin, *box[1:])
 
 
 def _is_certain(to: Tensor, by: Any) -> bool:

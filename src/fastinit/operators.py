@@ -97,10 +97,17 @@ _RANDOM: dict[Any, tuple[str, str, str, tuple[float, float]]] = {
 
 
 def numbers_of(func: Any, args: Any) -> tuple[str, float, float]:
-    """What one of FILLS says it writes: name and up to two numbers."""
-    a, b = (*(float(x) if type(x) in (int, float) else math.nan for x in args[1:3]), 0.0, 0.0)[:2]
-    name = {"fill_": "constant", "zero_": "constant"}.get(func._schema.name[6:])
-    return name or func._schema.name[6:-1], a, b
+    """What one of FILLS or FACTORIES says it writes: name and two numbers."""
+    name = func._schema.name[6:].removeprefix("new_").removesuffix("_like").rstrip("_")
+    numbers = [float(x) if type(x) in (int, float) else math.nan for x in args[1:3]]
+    known = {"zero": 0.0, "zeros": 0.0, "ones": 1.0}
+    if name in known:
+        return "constant", known[name], 0.0
+    if name in ("fill", "full"):
+        return "constant", numbers[-1] if numbers else math.nan, 0.0
+    if name in ("rand", "randn"):
+        return {"rand": "uniform", "randn": "normal"}[name], 0.0, 1.0
+    return name, *(*numbers, *(0.0, 1.0)[len(numbers) :])
 
 
 @functools.cache

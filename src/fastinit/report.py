@@ -294,7 +294,7 @@ class Report:
 
 
 def _has_storage(t: Tensor) -> bool:
-    return t.layout is torch.strided and type(t.data) is Tensor
+    return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
 
 
 def _count(n: int) -> str:
