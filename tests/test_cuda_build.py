@@ -19,7 +19,6 @@ from fastinit.backend import _cuda
 
 ROOT = Path(__file__).parent.parent
 KERNEL = ROOT / "csrc" / "cuda" / "fill.cu"
-KEYED = ROOT / "csrc" / "cuda" / "keyed.cu"
 ARCHITECTURES = ("80", "90", "100", "120")
 
 
@@ -59,23 +58,6 @@ def machine_code(architecture: str) -> str:
     return "".join(texts(architecture))
 
 
-def keyed_loops(architecture: str) -> list[list[str]]:
-    """The instructions of each loop of the keyed kernel, from its label to the branch back."""
-    text = next(t for t in texts(architecture) if "keyed_kernel" in t)
-    lines: list[str] = []
-    labels: dict[str, int] = {}
-    loops = []
-    for line in text.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(lines)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            lines.append(instruction[1])
-            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", lines[-1])
-            if back and back[1] in labels:
-                loops.append(lines[labels[back[1]] :])
-    return loops
-
-
 @built
 @pytest.mark.parametrize("architecture", ["90", "100"])  # three blocks on a processor, and two
 def test_no_register_is_spilled(architecture: str, tmp_path: Path) -> None:
@@ -86,72 +68,6 @@ def test_no_register_is_spilled(architecture: str, tmp_path: Path) -> None:
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
     registers = int(re.findall(r"Used (\d+) registers", report)[0])
     assert registers <= (128 if architecture == "100" else 80)  # of 65,536, for blocks of 256
-
-
-@built
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_register_of_the_keyed_kernel_is_spilled(architecture: str, tmp_path: Path) -> None:
-    assert NVCC is not None
-    flags = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-arch=sm_{architecture}", "-cubin"]
-    command = [NVCC, *flags, "-fmad=false", "-o", str(tmp_path / "keyed.cubin"), str(KEYED)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in run.stderr
-    registers = int(re.findall(r"Used (\d+) registers", run.stderr)[0])
-    assert registers <= (80 if architecture in ("100", "120") else 64)
-
-
-@built
-def test_the_keyed_kernel_rounds_as_the_laws_say(tmp_path: Path) -> None:
-    """Every operation names its rounding, so that none is merged with another; denormals stay."""
-    assert NVCC is not None
-    command = [NVCC, "-std=c++17", "-O3", "-fmad=false", "-arch=sm_90", "-ptx"]
-    command += ["-o", str(tmp_path / "keyed.ptx"), str(KEYED)]
-    subprocess.run(command, check=True, timeout=300)
-    code = (tmp_path / "keyed.ptx").read_text()
-    found = set(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z]\S*\.f(?:32|64))\s", code, re.MULTILINE))
-    arithmetic = {name for name in found if not re.match(r"(ld|st|mov|setp|selp|neg|cvt)\b", name)}
-    assert arithmetic == {
-        *(
-            "fma.rn.f32",
-            "add.rn.f32",
-            "sub.rn.f32",
-            "mul.rn.f32",
-            "rsqrt.approx.ftz.f32",
-            "rcp.approx.ftz.f32",
-        ),
-        *("fma.rn.f64", "add.rn.f64", "sub.rn.f64", "mul.rn.f64", "div.rn.f64", "sqrt.rn.f64"),
-    }
-
-
-@disassembled
-@pytest.mark.parametrize(
-    ("law", "kind", "most"),
-    [
-        ("normal", "float", 46.5),
-        ("normal", "bfloat16", 46.0),
-        ("uniform", "float", 17.5),
-        ("uniform", "bfloat16", 17.0),
-        ("trunc_normal", "float", 80.0),
-    ],
-)
-def test_issue_slots_of_the_keyed_kernel(law: str, kind: str, most: float) -> None:
-    """Instructions for an element of the loop that writes 16 bytes at a time, on Hopper."""
-    roots = {"uniform": 0, "normal": 1, "trunc_normal": 4}[law]  # and reciprocals, of two elements
-    items = 4 if kind == "float" else 8
-    found = []
-    for body in keyed_loops("90"):
-        code = "\n".join(body)
-        philox = len(re.findall(r"IMAD\.(WIDE|HI)\.U32", code))
-        if (
-            len(re.findall(r"STG\.E", code)) == 1
-            and philox == 19 * items // 4
-            and len(re.findall(r"MUFU", code)) == roots * items // 2
-            and (kind == "float") == ("F2FP" not in code)
-            and "DFMA" not in code
-        ):
-            found.append(len(body) / items)
-    assert len(found) == (1 if kind == "float" else 2)  # float16 has one, too
-    assert max(found) <= most, found
 
 
 @disassembled
@@ -288,11 +204,6 @@ def test_unknown_architectures_are_errors(python: Python, asked: str) -> None:
     status, said = setup_py(python, code, TORCH_CUDA_ARCH_LIST=asked)
     assert status != 0
     assert "TORCH_CUDA_ARCH_LIST names" in said
-
-
-@built
-def test_the_keyed_kernel_has_its_own_flag(python: Python) -> None:
-    assert "{'keyed.cu': '-fmad=false'}" in setup_py(python, "print(module.OWN_FLAGS)")[1]
 
 
 def test_import_and_info_without_a_driver(python: Python) -> None:

@@ -142,7 +142,7 @@ FI_INLINE F plus(F a, F b) { return a + b; }
 FI_INLINE F minus(F a, F b) { return a - b; }
 FI_INLINE F flip(F v, U by) {
   return view(bits(v) ^ (by & 0x80000000));
-}                // its sign, if by's is set
+}  // its sign, if by's is set
 using M = bool;  // for each lane
 template <int n>
 FI_INLINE M bit(U v) {

@@ -2,6 +2,7 @@
 // What the compiled kernels offer to the module.
 #pragma once
 
+#include "keyed_launch.h"
 #include "launch.h"
 #include "qr.h"
 
@@ -15,6 +16,9 @@ struct Status {
 
 // Starts the kernel on a stream of a device, which has to be current, and does not wait for it.
 Status launch(const Arguments& args, int device, uint64_t stream);
+
+// Starts the kernel of the keyed stream, likewise.
+Status launch_keyed(const KeyedArguments& args, int device, uint64_t stream);
 
 // Starts a step towards orthonormal columns, likewise.
 Status orthonormalize(QrStep step, const QrArguments& args, const QrGrid& grid, int device,

@@ -36,6 +36,26 @@ void run(const py::bytes& fills, uint64_t table, uint32_t count, uint32_t tiles,
   if (status.code != 0) throw std::runtime_error(std::string("fastinit: CUDA: ") + status.message);
 }
 
+void run_keyed(const py::bytes& fills, uint64_t table, uint32_t count, uint32_t tiles, int device,
+               uint64_t stream) {
+  const std::string_view inlined = fills;
+  KeyedArguments args = {};
+  if (inlined.size() > sizeof args.inlined ||
+      (table == 0 && inlined.size() != count * sizeof(KeyedTiles))) {
+    throw py::value_error("not a packed launch");
+  }
+  args.table = table;
+  args.fills = count;
+  args.tiles = tiles;
+  memcpy(args.inlined, inlined.data(), inlined.size());
+  Status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = launch_keyed(args, device, stream);
+  }
+  if (status.code != 0) throw std::runtime_error(std::string("fastinit: CUDA: ") + status.message);
+}
+
 void run_qr(uint32_t step, const py::bytes& packed, uint32_t x, uint32_t y, uint32_t threads,
             uint32_t shared, int device, uint64_t stream) {
   const std::string_view from = packed;
@@ -81,6 +101,12 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("run", &run, pybind11::arg("fills"), pybind11::arg("table"), pybind11::arg("count"),
         pybind11::arg("tiles"), pybind11::arg("sources"), pybind11::arg("progress"),
         pybind11::arg("device"), pybind11::arg("stream"));
+  m.attr("KEYED_SIZE") = sizeof(fastinit::KeyedFill);
+  m.attr("KEYED_TILES_SIZE") = sizeof(KeyedTiles);
+  m.attr("MOST_KEYED_INLINED") = kMostKeyedInlined;
+  m.def("run_keyed", &run_keyed, pybind11::arg("fills"), pybind11::arg("table"),
+        pybind11::arg("count"), pybind11::arg("tiles"), pybind11::arg("device"),
+        pybind11::arg("stream"));
   m.attr("QR_JOB_SIZE") = sizeof(QrJob);
   m.attr("QR_ARGUMENTS_SIZE") = sizeof(QrArguments);
   m.def("run_qr", &run_qr, pybind11::arg("step"), pybind11::arg("packed"), pybind11::arg("x"),

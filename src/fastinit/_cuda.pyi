@@ -1,7 +1,10 @@
 ARCHITECTURES: str
 COMPILER: str
 FILL_SIZE: int
+KEYED_SIZE: int
+KEYED_TILES_SIZE: int
 MOST_INLINED: int
+MOST_KEYED_INLINED: int
 MOST_SOURCES: int
 QR_ARGUMENTS_SIZE: int
 QR_JOB_SIZE: int
@@ -16,6 +19,9 @@ def run(
     progress: int,
     device: int,
     stream: int,
+) -> None: ...
+def run_keyed(
+    fills: bytes, table: int, count: int, tiles: int, device: int, stream: int
 ) -> None: ...
 def run_qr(
     step: int,

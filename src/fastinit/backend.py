@@ -162,6 +162,13 @@ def cuda_run(
     native_fills += count
 
 
+def cuda_run_keyed(fills: bytes, table: int, count: int, tiles: int, device: int) -> None:
+    """Launch packed fills of the keyed stream, likewise."""
+    global native_fills
+    _launch(_cuda.run_keyed, device, fills, table, count, tiles)
+    native_fills += count
+
+
 @functools.cache
 def cuda_shared(device: int) -> int:
     """Bytes of shared memory that a block can ask for."""

@@ -47,7 +47,7 @@ class _Batch:
     def add(self, work: Work) -> None:
         to = work
         if not is_direct(work, "cpu"):
-            to = elsewhere(work)
+            to = elsewhere(work, torch.device("cpu"))
             self._copies.append((to.tensor, work))
             self.scratch += to.tensor.nbytes
         if to.law.op == "orthogonal":
@@ -55,7 +55,7 @@ class _Batch:
             self._matrices.append(job)
             self.scratch += to.tensor.nbytes
         if to.law.op == "sparse":
-            self._masks.append(_mask(to))
+            self._masks.append(mask(to))
         self._packed += packed(to)
 
     def go(self) -> None:
@@ -94,11 +94,11 @@ def is_direct(work: Work, device: str) -> bool:
     )
 
 
-def elsewhere(work: Work) -> Work:
+def elsewhere(work: Work, device: torch.device) -> Work:
     """The same, or the whole parameter if nothing less will do, in memory of its own."""
     dtype = work.tensor.dtype if work.tensor.dtype in plan.DTYPES else torch.float32
     if work.law.op in _OF_WHOLE:
-        made = torch.empty(work.law.items, dtype=dtype, device="cpu")
+        made = torch.empty(work.law.items, dtype=dtype, device=device)
         return Work(work.law, work.key, made, whole(work.law.items))
     slabs: list[Slab] = []
     items = 0
@@ -109,7 +109,7 @@ def elsewhere(work: Work) -> Work:
             stride *= size
         slabs.append(Slab(items, slab.index, tuple(dims)))
         items += stride
-    return Work(work.law, work.key, torch.empty(items, dtype=dtype, device="cpu"), slabs)
+    return Work(work.law, work.key, torch.empty(items, dtype=dtype, device=device), slabs)
 
 
 def copy(source: Tensor, work: Work) -> None:
@@ -170,7 +170,7 @@ def packed(work: Work) -> list[bytes]:
     return result
 
 
-def _mask(work: Work) -> bytes:
+def mask(work: Work) -> bytes:
     rows, columns, zeros = work.law.shape
     return _PACK.pack(
         plan.address_of(work.tensor), work.key, 0, columns, *_NOTHING[:7],
