@@ -84,7 +84,7 @@ def test_table_and_file(
     assert (written["gpu"], written["commit"]) == ("no GPU", "abc1234")
     assert written["failed"] == []
     cases = [row["case"] for row in written["rows"]]
-    assert len(cases) == len(bench_cuda._LAWS) + 2 * 2 + 3
+    assert len(cases) == len(bench_cuda._LAWS) + len(bench_cuda._KEYED) + 2 * 2 + 3
     assert all(f"| {case} |" in shown for case in cases)
     assert all(row["fastinit_s"] > 0 for row in written["rows"])
     assert written["rows"][-1]["torch_s"] is None

@@ -147,6 +147,31 @@ def _large(law: str, dtype: torch.dtype, goal: str) -> Row:
     return Row(name, timed["torch"], timed["fastinit"], _roof([t]), goal)
 
 
+_KEYED = (
+    ("keyed uniform_", torch.float32, ""),
+    ("keyed normal_", torch.float32, "90 % of the roof"),
+    ("keyed normal_", torch.bfloat16, "70 % of the roof"),
+    ("keyed trunc_normal_", torch.float32, ""),
+)
+
+
+def _keyed(name: str, dtype: torch.dtype, goal: str) -> Row:
+    """Beside torch's generator; the numbers are compared with the CPU's."""
+    t = torch.empty(_LARGE, dtype=dtype, device=_DEVICE)
+    law, key = name.removeprefix("keyed "), fastinit.Key(1, "bench")
+    ways: Ways = {
+        "torch": lambda: getattr(torch.nn.init, law)(t),
+        "fastinit": lambda: getattr(fastinit, law)(t, generator=key),
+    }
+    timed = _by_events(ways)
+    some = min(_LARGE, 1 << 20)
+    expected = getattr(fastinit, law)(torch.empty(some, dtype=dtype, device="cpu"), generator=key)
+    if not torch.equal(t[:some].cpu(), expected):
+        raise AssertionError(f"{name} {dtype}: other numbers than on the CPU")
+    case = f"{name} {str(dtype)[6:]}, 2^28"
+    return Row(case, timed["torch"], timed["fastinit"], _roof([t]), goal)
+
+
 # ---- matrices ------------------------------------------------------------------------------------
 
 _MATRICES = (("orthogonal_", 32, 4096, "4 x", "10 x"), ("orthogonal_", 8192, 64, "100 x", ""))
@@ -310,6 +335,7 @@ def main(selected: str = "", path: str | None = None) -> int:
     failed: list[str] = []
     cases: list[tuple[str, Callable[[], list[Row]]]] = [
         *((f"{x[0]} {x[1]}", lambda x=x: [_large(*x)]) for x in _LAWS),
+        *((f"{x[0]} {x[1]}", lambda x=x: [_keyed(*x)]) for x in _KEYED),
         *((f"{x[0]} {x[1]}", lambda x=x: _orthogonal(*x)) for x in _MATRICES),
         *((x[0], lambda x=x: _model(*x)) for x in _MODELS),
     ]
