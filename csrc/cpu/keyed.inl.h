@@ -6,7 +6,8 @@ FI_INLINE uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
 // How a dtype's elements come out of a step of blocks.
 template <Dtype dtype>
 struct KeyedElement {
-  using T = typename Element<dtype>::T;
+  using E = Element<dtype>;
+  using T = typename E::T;
   static constexpr int kPerBlock = 4;
   template <bool kStream, class Law>
   static FI_INLINE void write(const Law& law, uint64_t key, W blocks, T* out) {
@@ -20,12 +21,13 @@ struct KeyedElement {
       law(first[i], second[i], &x, &y);
       zip(x, y, low, high);
       T* const to = out + 2 * kLanes * i;
-      if constexpr (dtype == Dtype::f32) {
-        put_row<kStream>(to, low, high);
-      } else if constexpr (dtype == Dtype::bf16) {
-        put_row_bf16<kStream>(to, code_bf16(low), code_bf16(high));
+      if constexpr (kLanes == kPairs) {
+        E::template store<kStream>(to, E::coded(low), E::coded(high));
       } else {
-        put_row_f16<kStream>(to, low, high);
+        T apart[2 * kPairs];
+        E::template store<false>(apart, E::coded(low), E::coded(high));
+        to[0] = apart[0];
+        to[1] = apart[kPairs];
       }
     }
   }

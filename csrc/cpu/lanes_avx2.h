@@ -146,18 +146,6 @@ FI_INLINE F larger(F a, F b) { return _mm256_max_ps(a, b); }
 FI_INLINE F if_less(F a, F b, F yes, F no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
-template <bool kStream>
-FI_INLINE void put_row(float* p, F low, F high) {
-  put_f32<kStream>(p, low, high);
-}
-template <bool kStream>
-FI_INLINE void put_row_bf16(uint16_t* p, F low, F high) {
-  put_bf16<kStream>(p, low, high);
-}
-template <bool kStream>
-FI_INLINE void put_row_f16(uint16_t* p, F low, F high) {
-  put_f16<kStream>(p, low, high);
-}
 
 // Vectors for products.
 template <class T>

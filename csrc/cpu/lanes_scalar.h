@@ -155,21 +155,6 @@ FI_INLINE F quotient(F a, F b) { return a / b; }
 FI_INLINE F smaller(F a, F b) { return a < b ? a : b; }
 FI_INLINE F larger(F a, F b) { return a > b ? a : b; }
 FI_INLINE F if_less(F a, F b, F yes, F no) { return a < b ? yes : no; }
-template <bool kStream>
-FI_INLINE void put_row(float* p, F low, F high) {
-  p[0] = low;
-  p[1] = high;
-}
-template <bool kStream>
-FI_INLINE void put_row_bf16(uint16_t* p, F low, F high) {
-  p[0] = static_cast<uint16_t>(bits(low) >> 16);
-  p[1] = static_cast<uint16_t>(bits(high) >> 16);
-}
-template <bool kStream>
-FI_INLINE void put_row_f16(uint16_t* p, F low, F high) {
-  p[0] = code_f16(low);
-  p[1] = code_f16(high);
-}
 
 // Vectors of float or double for products; + - * / of the compiler's vector extension besides.
 template <class T>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The kernel: a grid that stays, over the tiles of all fills of a launch.
 
-#include "device.h"
+#include "grid.h"
 #include "tiles.h"
 
 namespace fastinit {
@@ -15,20 +15,6 @@ constexpr int kBlocksPerProcessor = 2;
 #else
 constexpr int kBlocksPerProcessor = 3;
 #endif
-
-// The last of `count` fills whose first tile is not behind `tile`. All lanes of a block take part.
-__device__ uint32_t find(const Fill* fills, uint32_t count, uint32_t tile) {
-  uint32_t begin = 0;
-  while (count > 1) {
-    const uint32_t step = (count + kLanes - 1) / kLanes;
-    const uint32_t mine = threadIdx.x * step;
-    const bool before = mine < count && fills[begin + mine].first_tile <= tile;
-    const uint32_t chosen = (__syncthreads_count(before) - 1) * step;
-    begin += chosen;
-    count = min(step, count - chosen);
-  }
-  return begin;
-}
 
 // The block from which a fill counts. Tiles are handed out in order if any fill waits for another,
 // so what is waited for is in the hands of blocks that run.
@@ -72,7 +58,7 @@ __device__ void load(const Arguments& args, uint32_t tile, Progress* progress, C
   const Fill* const fills =
       args.table != 0 ? reinterpret_cast<const Fill*>(args.table) : args.inlined;
   const uint64_t* const from =
-      reinterpret_cast<const uint64_t*>(fills + find(fills, args.fills, tile));
+      reinterpret_cast<const uint64_t*>(fills + find<kLanes>(fills, args.fills, tile));
   __syncthreads();  // all lanes are done with the fill before
   if (threadIdx.x < sizeof(Fill) / 8) {
     reinterpret_cast<uint64_t*>(&now->fill)[threadIdx.x] = from[threadIdx.x];
@@ -101,33 +87,11 @@ __global__ void __launch_bounds__(kLanes, kBlocksPerProcessor)
   }
 }
 
-int resident_blocks(int device, cudaError_t* error) {
-  int per_processor = 0, processors = 0;
-  *error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, fill_kernel, kLanes, 0);
-  if (*error != cudaSuccess) return 0;
-  *error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  return per_processor * processors;
-}
-
 }  // namespace
 
 Status launch(const Arguments& args, int device, uint64_t stream) {
-  static int resident[64] = {};  // racing threads write the same
-  // The caller has made the device current for torch's runtime; this one has its own idea of it.
-  cudaError_t error = cudaSetDevice(device);
-  const bool noted = device >= 0 && device < 64;
-  int blocks = noted ? resident[device] : 0;
-  if (error == cudaSuccess && blocks == 0) {
-    blocks = resident_blocks(device, &error);
-    if (noted) resident[device] = blocks;
-  }
-  if (error == cudaSuccess && args.tiles != 0) {
-    if (static_cast<uint32_t>(blocks) > args.tiles) blocks = static_cast<int>(args.tiles);
-    fill_kernel<<<blocks, kLanes, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args);
-    error = cudaGetLastError();
-  }
-  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would find it
-  return {static_cast<int>(error), cudaGetErrorString(error)};
+  static int resident[64] = {};
+  return launch_grid(fill_kernel, kLanes, resident, args, device, stream);
 }
 
 Status driver() {
