@@ -359,7 +359,7 @@ def test_keys(run: Callable) -> None:
     )
     assert status == 0
     assert " key " in out
-    assert "#0" in line(out, "read.weight")
+    assert "#block.0" in line(out, "read.weight")
     assert not any(cell.startswith("#") for cell in line(out, "named.weight"))
 
 

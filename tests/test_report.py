@@ -606,7 +606,7 @@ def test_the_table_fits(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(len(line) <= columns for line in table)
     assert all(line == line.rstrip() for line in table)
     assert any(line.startswith("12 x ") and "80x90" in line for line in table)
-    assert sum(line.startswith("4 x ") for line in table) == 4
+    assert sum(line.startswith("4 x ") for line in table) == 8
     assert any("1x2x1x2x1x2" in line for line in table)
     assert any("(unnamed)" in line and "50000" in line for line in table)
     begin = lines[head].index("shape")

@@ -65,11 +65,17 @@ class fused(ContextDecorator):
         if isinstance(outer, Capture):
             if self._seed is not None and self._seed != outer.seed:
                 raise RuntimeError("a block with a seed inside a block with another or none")
+            if self._model is not None:
+                outer.report.roots.append((weakref.ref(self._model), self._prefix))
+            elif self._prefix not in ("", outer.report.prefix):
+                raise RuntimeError("a block with a prefix inside a block with another or none")
             outer.adopt_all(self._adopted)
             self._entered.append(outer.report)
             return outer.report
         report = Report(progress=self._progress, reason=_why_not(), prefix=self._prefix)
-        report.model = None if self._model is None else weakref.ref(self._model)
+        if self._model is not None:
+            report.roots.append((weakref.ref(self._model), self._prefix))
+            report.is_about_models = True
         if report.reason and self._seed is not None:
             raise RuntimeError(f"a block with a seed has to see every operator: {report.reason}")
         if report.reason:

@@ -11,6 +11,7 @@ before they are overwritten, or their storage dies, are never done.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import weakref
@@ -23,13 +24,26 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastinit import backend, execute, keyed, laws, operators, plan, probe, qr, shard, source
+from fastinit import (
+    backend,
+    execute,
+    keyed,
+    laws,
+    names,
+    operators,
+    plan,
+    probe,
+    qr,
+    shard,
+    source,
+)
 from fastinit.key import Key, derived
 from fastinit.mode import Mode
 from fastinit.operators import PLAIN, leaves
 from fastinit.report import Report, Written, caller
 
-_OUT = ("out", "self")  # keywords of what operators write to
+_OF_WHOLE = ("orthogonal", "sparse", "diagonal")  # laws of the shape that was asked for
+_MOST_PARTS = 1024  # pending keyed fills of one storage
 _MOST_STATES = 2048  # pending random fills, each with 5 KB of generator state
 _MOST_LAYERS = 64  # pending fills of one storage
 
@@ -82,6 +96,21 @@ class _Memory:
         self.fills = []
 
 
+class _Numbers:
+    """Of a keyed fill and its copies, which have one key: that of the first with a name."""
+
+    __slots__ = ("label", "members")
+
+    def __init__(self, memory: _Memory, box: names.Box) -> None:
+        self.label = ""  # once some of it is written
+        self.members = [(memory, box)]
+
+    def leave(self, memory: _Memory) -> None:
+        at = [m[0] for m in self.members]
+        if memory in at:  # once: it may hold a copy of what it held itself
+            del self.members[at.index(memory)]
+
+
 def _is_all(t: Tensor) -> bool:
     """Whether a tensor is all of its storage, in order."""
     if not t.is_contiguous() or t.is_neg() or t.is_conj():
@@ -98,8 +127,9 @@ class Capture(Mode):
         super().__init__()
         self.report = report
         self.seed = seed  # of the keyed stream; None: torch's generators
-        # Parameters by their storage: those that the names of keys belong to.
-        self._named: dict[int, list[tuple[str, Tensor]]] = {}
+        self._copies: dict[int, tuple[weakref.ref[Any], Any, Any]] = {}  # by views of DTensors
+        self._names = names.Names()
+        self._names_of = -1  # how many things modules had got when they were looked up
         self._numbers = itertools.count()
         self.watch: Callable[[Tensor], None] | None = None  # told what is filled without operators
         self.submitting = False  # to a pool, which may start threads for that
@@ -107,9 +137,7 @@ class Capture(Mode):
         # Others that may wait, too. Held until they are filled, so that none gets another's key.
         self._adoptable: dict[int, torch.UntypedStorage] = {}
         self._pending: dict[int, _Memory] = {}  # those of _known with fills
-        # For the report: those that were known, and what may not wait but is asked about.
-        self._exposed: list[_Memory] = []
-        self._small: dict[int, _Memory] = {}
+        self._small: dict[int, _Memory] = {}  # what may not wait but is asked about
         self._ours: frozenset[int] = frozenset()  # storages of the model it is about
         self._purge_at = 1024  # entries of _known
         self._states = 0  # pending random fills, at most
@@ -123,9 +151,12 @@ class Capture(Mode):
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(self, func, args, kwargs or {})
-        if (self._known or self._adoptable) and operators.is_view(func):
+        if self.seed is not None and args and shard.is_distributed(args[0]):
+            if operators.is_view(func):
+                return self._view_of_sharded(func, args, kwargs)
+        elif (self._known or self._adoptable) and operators.is_view(func):
             out = func(*args, **kwargs) if kwargs else func(*args)
-            if type(out) not in PLAIN or out.numel() == 1:
+            if type(out) not in PLAIN or (out.numel() == 1 and func not in operators.SAME):
                 self._expose_single(func, out)
             return out
         return self._run(func, args, kwargs)
@@ -135,15 +166,61 @@ class Capture(Mode):
         if self._pending:
             self._settle_arguments(func, args, kwargs)
         if operators.writes(func):
-            name = func._schema.name.partition("::")[2]
-            for x in (args[0] if args else None, *((kwargs or {}).get(k) for k in _OUT)):
-                for t in leaves(x):
-                    if isinstance(t, Tensor):
-                        overwrites = func._schema.name in operators.OVERWRITING
-                        self._wrote(t, Written.small(t, name, 0.0, 0.0, caller()), overwrites)
-        if self.seed is not None and operators.is_random(func):
+            self._refuse_copy(args[0] if args else None)
+            copied = func is torch.ops.aten.copy_.default and self._is_garbage(args[1])
+            name, overwrites = func._schema.name, func._schema.name in operators.OVERWRITING
+            for t in leaves(operators.written(func, args, kwargs or {})):
+                if not isinstance(t, Tensor):
+                    continue
+                if (
+                    copied
+                    and _is_all(t)
+                    and (memory := self._memory_of(t) or self._small.get(plan.storage_id(t)))
+                ):
+                    memory.touched, memory.written = False, []
+                    continue
+                if type(t) in PLAIN and t.layout is torch.strided and not t.is_nested:
+                    how = Written.small(t, name.partition("::")[2], 0.0, 0.0, caller())
+                    self._wrote(t, how, overwrites)
+                else:
+                    self._wrote(t)
+        if self.seed is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if operators.is_random(func) and not any(
+            isinstance(x, torch.Generator) for x in (kwargs or {}).values()
+        ):
             self.report.foreign.add(str(func))
-        return func(*args, **kwargs) if kwargs else func(*args)
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if type(out) is Tensor and operators.makes_new(func):  # nobody else knows it yet
+            self.adopt(out)
+            if func is not torch.ops.aten.clone.default or not self._is_garbage(args[0]):
+                self._wrote(out)
+        return out
+
+    def _view_of_sharded(self, func: Any, args: Any, kwargs: dict[str, Any] | None) -> Any:
+        """Of a DTensor, which may have to gather what others have: then it is a copy."""
+        if func is not torch.ops.aten.detach.default:
+            self._settle_arguments(func, args, kwargs)
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        here = shard.local(args[0])
+        for x in leaves(out):
+            if isinstance(x, Tensor) and shard.is_distributed(x):
+                there = shard.local(x)
+                if type(there) not in PLAIN or plan.storage_id(there) != plan.storage_id(here):
+                    self._copies[id(x)] = weakref.ref(x), func, args
+        return out
+
+    def _refuse_copy(self, t: Any) -> None:
+        if self._copy_of(t) is not None:
+            raise RuntimeError(
+                "this part of a sharded tensor is a copy of what other processes have, so what is "
+                "written to it would be lost"
+            )
+
+    def _copy_of(self, t: Any) -> tuple[Any, Any] | None:
+        """The view that should have been of a sharded tensor: operator and arguments."""
+        found = self._copies.get(id(t))
+        return found[1:] if found is not None and found[0]() is t else None
 
     # ---- storages ------------------------------------------------------------------------------
 
@@ -161,7 +238,7 @@ class Capture(Mode):
     def adopt_all(self, tensors: Iterable[Tensor]) -> None:
         """The same for many tensors, most of which will be filled."""
         ours = set(self._ours)
-        for t in tensors:
+        for t in map(shard.local, tensors):
             if type(t) not in PLAIN or t.layout is not torch.strided:
                 continue
             ours.add(plan.storage_id(t))
@@ -180,15 +257,16 @@ class Capture(Mode):
                 del self._known[key]
                 self._forget(memory)
         self._small = {key: m for key, m in self._small.items() if not m.is_dead()}
-        self._exposed = [memory for memory in self._exposed if not memory.is_dead()]
-        self._purge_at = max(1024, 2 * (len(self._known) + len(self._small)) + len(self._exposed))
+        self._purge_at = max(1024, 2 * (len(self._known) + len(self._small)))
 
     def _wrote(self, t: Any, how: Written | None = None, overwrites: bool = True) -> None:
         """Something has been written otherwise than by what waits."""
         if shard.is_distributed(t):
             t = shard.local(t)
+        if type(t) not in PLAIN or t.layout is not torch.strided or t.is_nested:
+            return
         memory = self._memory_of(t)
-        if memory is None and type(t) in PLAIN and t.layout is torch.strided:
+        if memory is None:
             key = plan.storage_id(t)
             memory = self._small.get(key)
             if memory is None and key in self._ours:
@@ -229,7 +307,13 @@ class Capture(Mode):
         t = args[0]
         if len(args) > 1 and isinstance(args[1], Tensor) and self._pending:
             self._settle_arguments(func, args[1:], None)  # the value of fill_
-        if self.seed is not None and (call := operators.random_call(func, args, kwargs)):
+        copied = self._copy_of(t)
+        chosen = copied is not None and copied[0] is torch.ops.aten.select.int
+        if chosen and operators.random_call(func, args, kwargs) is None:  # a padding row, say
+            here = shard.selected(*copied[1])  # type: ignore[index]
+            return t if here is None else self._fill(func, (here, *args[1:]), kwargs, build)
+        ours = self.seed is not None and (type(t) in PLAIN or shard.is_distributed(t))
+        if ours and (call := operators.random_call(func, args, kwargs)):
             self._keep(t, laws.law_of(call[0], t.dtype, t.shape, call[1:]))
             return t
         memory = self._memory_of(t)
@@ -272,19 +356,23 @@ class Capture(Mode):
 
     # ---- the keyed stream ----------------------------------------------------------------------
 
-    def _know(self) -> None:
-        """Names of parameters and buffers. The first name of a tied one counts."""
-        self._named = {}
-        for name, t in self.report.named_tensors():
-            here = shard.local(t)
-            if here.layout is torch.strided and type(here) in PLAIN:
-                self._named.setdefault(plan.storage_id(here), []).append((name, t))
+    def _know(self, final: bool) -> None:
+        """Look up the names of parameters and buffers; before the end those of known models."""
+        if final or (self.report.roots and self._names_of != self.report.held):
+            self._names_of = self.report.held
+            self._names = names.Names(self.report.named_tensors(final))
 
     def fill_keyed(
         self, function: str, tensor: Tensor, args: Any, key: Key | None, block: Any
     ) -> None:
-        shape = shard.global_shape(tensor, block[0])
-        law = laws.law_of(function, tensor.dtype, shape, args)
+        if laws.draws(function) or function in ("eye_", "dirac_"):
+            law = laws.law_of(function, tensor.dtype, shard.global_shape(tensor, block[0]), args)
+        else:  # as torch does it, whatever the type
+            value = args[0] if args else float(function == "ones_")
+            shard.slabs(tensor, *block)  # raises
+            with torch.no_grad():
+                tensor.fill_(value)
+            return
         slabs = None if block == (None, None) else shard.slabs(tensor, *block)
         owner = None if key is None or not law.is_random else key.take()
         if law.is_random and self.seed is None and owner is None:
@@ -295,23 +383,32 @@ class Capture(Mode):
 
     def _keep(self, t: Tensor, law: laws.Law, slabs: Any = None, owner: Any = None) -> None:
         """Record a law for a tensor, or write it at once. `owner`: the key and what to call it."""
+        self._refuse_copy(t)
         here = shard.local(t)
+        numbered = owner is None and law.is_random and bool(self.report.roots)
         if here.is_meta or here.numel() == 0:
+            if numbered and t.numel() != 0 and not here.is_meta:  # other ranks have some of it
+                self._number(here, law)
             return
+        if shard.overlaps(here):
+            raise RuntimeError("more than one element of the tensor is in the same memory")
+        if owner is not None and slabs is None:
+            slabs = shard.slabs(t)
         if self.watch is not None:
             self.watch(t)
         memory = self._memory_of(here)
         a, b = (*law.p, 0.0)[:2]
         fill = plan.Fill(here, law.op, a, b, items=here.numel(), law=law, slabs=slabs)
-        layout = plan.layout_of(here)
-        fill.rank = 1 if layout is None else layout[1]
-        fill.device = plan.device_of(here)
-        size, begin = here.element_size(), int(here.storage_offset())
-        fill.box = begin, tuple(here.shape), here.stride()
-        fill.extent = size * begin, size * (begin + plan.span(here))
+        self._place(fill, here)
         fill.caller = caller()
         fill.owner = owner or memory or _Memory(here)
-        if memory is not None and here.dtype in plan.DTYPES and self._may_wait():
+        if owner is None:
+            fill.numbers = _Numbers(fill.owner, fill.box)
+            fill.otherwise = shard.slabs(t) if shard.is_distributed(t) else None
+        if numbered:
+            self._number(here, law, fill.owner)
+        waits = memory is not None and here.dtype in plan.DTYPES and self._may_wait()
+        if memory is not None and waits and self._is_known(memory, here):
             fill.tensor = plan.NO_TENSOR[here.dtype]
             self._push(memory, fill)
             return
@@ -319,29 +416,58 @@ class Capture(Mode):
         execute.run_keyed([self._work(fill, plan.storage_of(here))])
         self._at_once(fill)
 
+    def _number(self, t: Tensor, law: laws.Law, memory: _Memory | None = None) -> None:
+        """If it has no name, a number in the order of the calls: the same on all ranks."""
+        self._know(False)
+        if self._names.find(plan.storage_id(t), names.box_of(t), law) is None:
+            label = f"#{self.report.prefix}block.{next(self._numbers)}"
+            if memory is not None:
+                memory.number = memory.number or label
+
+    def _is_known(self, memory: _Memory, t: Tensor) -> bool:
+        """Not a single element that torch.tensor([t, ...]) might read behind our back: such wait
+        only if they are somebody's parameter."""
+        alone = plan.storage_of(t).nbytes() == t.element_size()
+        return not alone or bool(self.report.roots) or memory.key in self.report.registered
+
+    @staticmethod
+    def _place(fill: plan.Fill, t: Tensor) -> None:
+        layout = plan.layout_of(t)
+        fill.rank = 1 if layout is None else layout[1]
+        fill.device = plan.device_of(t)
+        fill.box = names.box_of(t)
+        size = t.element_size()
+        fill.extent = size * fill.box[0], size * (fill.box[0] + plan.span(t))
+
     def _resolve(self, fill: plan.Fill, t: Tensor) -> None:
         """Find the key of what is written to t, and where in the whole parameter it belongs."""
-        owner = fill.owner
-        if isinstance(owner, tuple):
-            fill.slabs = fill.slabs or shard.slabs(t)
+        if isinstance(fill.owner, tuple):
+            return
+        if not fill.law.is_random and (fill.slabs is not None or self.seed is None):
+            fill.owner, fill.slabs = (0, ""), fill.slabs or shard.slabs(t)
             return
         assert self.seed is not None
-        if not self._named and self.report.model is not None:
-            self._know()
-        label, slabs = owner.number, fill.slabs
-        for name, whole in self._named.get(owner.key, ()):
-            found = slabs or _slabs_in(whole, fill.box)
-            if found is not None:
-                label, slabs = "/" + name, found
-                break
-        if not label:
-            label = owner.number = f"#{next(self._numbers)}"
-        if slabs is None:  # nobody's: elements count from the beginning of the storage
+        self._know(False)
+        numbers: _Numbers = fill.numbers
+        own = self._names.find(fill.owner.key, fill.box, fill.law)
+        if not numbers.label:
+            found = (self._names.find(m.key, box, fill.law) for m, box in numbers.members)
+            name = next((f[0] for f in found if f is not None), None)
+            first = numbers.members[0][0] if numbers.members else fill.owner
+            if name is None and not first.number:
+                first.number = f"#{self.report.prefix}block.{next(self._numbers)}"
+            numbers.label = first.number if name is None else "/" + name
+        slabs = own[1] if own is not None else fill.otherwise
+        copied = len(numbers.members) > 1 or (numbers.members and numbers.members[0][1] != fill.box)
+        if slabs is None and (own is not None or copied or fill.law.op in _OF_WHOLE):
+            slabs = shard.slabs(t)
+        elif slabs is None:  # nobody's: elements count from the beginning of the storage
             storage, size = plan.storage_of(t), t.element_size()
             flat = torch.empty(0, dtype=t.dtype, device=t.device)
             flat.set_(storage, 0, (storage.nbytes() // size,), (1,))  # type: ignore[call-overload,unused-ignore]
             slabs = shard.part(flat, *fill.box)
-        fill.owner, fill.slabs = (derived(self.seed, label), label.lstrip("/")), slabs
+        fill.slabs = fill.slabs or slabs
+        fill.owner = derived(self.seed, numbers.label), numbers.label.lstrip("/")
 
     def _work(self, fill: plan.Fill, storage: torch.UntypedStorage) -> keyed.Work:
         with backend.undisturbed():
@@ -349,6 +475,14 @@ class Capture(Mode):
             t.set_(storage, *fill.box)  # type: ignore[call-overload,unused-ignore]
             self._resolve(fill, t)
         return keyed.Work(fill.law, fill.owner[0], t, fill.slabs)
+
+    @staticmethod
+    def _copied(fill: plan.Fill, memory: _Memory) -> plan.Fill:
+        """What is pending elsewhere, for another memory of the same layout."""
+        if fill.law is None or isinstance(fill.owner, tuple):
+            return fill
+        fill.numbers.members.append((memory, fill.box))
+        return dataclasses.replace(fill, owner=memory)
 
     # ---- order ---------------------------------------------------------------------------------
 
@@ -361,8 +495,9 @@ class Capture(Mode):
             self._overwrite(memory, fill.extent)
         memory.fills.append(fill)
         self._pending[memory.key] = memory
-        if len(memory.fills) > _MOST_LAYERS:
-            self.settle(f"more than {_MOST_LAYERS} fills of one tensor", [memory])
+        most = _MOST_LAYERS if fill.law is None else _MOST_PARTS
+        if len(memory.fills) > most:
+            self.settle(f"more than {most} fills of one tensor", [memory])
         if self._states > _MOST_STATES:
             states = [f.state for m in self._pending.values() for f in m.fills]
             self._states = sum(isinstance(state, Tensor) for state in states)
@@ -376,6 +511,8 @@ class Capture(Mode):
         for f in memory.fills:
             if by[0] <= f.extent[0] and f.extent[1] <= by[1]:
                 self.report.drop((f,))
+                if f.numbers is not None:
+                    f.numbers.leave(memory)
             else:
                 alive.append(f)
         memory.fills = alive
@@ -383,6 +520,9 @@ class Capture(Mode):
     def _forget(self, memory: _Memory) -> None:
         """Nothing of what is pending need be written any more."""
         self.report.drop(memory.fills)
+        for fill in memory.fills:
+            if fill.numbers is not None:
+                fill.numbers.leave(memory)
         memory.fills = []
         self._pending.pop(memory.key, None)
 
@@ -390,8 +530,8 @@ class Capture(Mode):
 
     def _empty(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        if type(out) is Tensor and not kwargs.get("pin_memory"):
-            self.adopt(out)
+        if type(shard.local(out)) is Tensor and not kwargs.get("pin_memory"):
+            self.adopt(shard.local(out))
         return out
 
     def _factory(
@@ -399,13 +539,23 @@ class Capture(Mode):
     ) -> Any:
         """What is empty and a fill: zeros, full_like, new_ones, rand, ..."""
         empty, count, build = spec
+        if self.seed is not None and args and shard.is_distributed(args[0]):
+            call = operators.random_call(func, args, kwargs)
+            if call is None:
+                return self._run(func, args, kwargs)
+            out = self._empty(empty, args[:count], kwargs)
+            self._keep(out, laws.law_of(call[0], out.dtype, out.shape, call[1:]))
+            return out
         least = plan.MIN_NATIVE if self.seed is None else 1
-        if operators.makes_native(args, kwargs, least) and self._may_wait():
-            if self.seed is not None and (call := operators.random_call(func, args, kwargs)):
+        native = operators.makes_native(args, kwargs, least)
+        if native and self.seed is not None:
+            call = operators.random_call(func, args, kwargs)
+            if call is not None:
                 out = empty(*args[:count], **kwargs)
                 self.adopt(out)
                 self._keep(out, laws.law_of(call[0], out.dtype, out.shape, call[1:]))
                 return out
+        if native and self._may_wait():
             out = empty(*args[:count], **kwargs)
             fill = probe.proved(build(out, args, kwargs, False))
             self.adopt(out)
@@ -438,13 +588,28 @@ class Capture(Mode):
             copy = self._memory_of(out)
             if copy is not None and _is_all(out):
                 for fill in list(memory.fills):
-                    self._push(copy, fill)
+                    self._push(copy, self._copied(fill, copy))
                 return out
-        return self._run(func, args, kwargs)
+        out = self._run(func, args, kwargs)
+        if self._is_garbage(t) and type(out) is Tensor:
+            self.adopt(out)  # so is its copy
+        return out
+
+    def _is_garbage(self, t: Any) -> bool:
+        """Nobody has written to its memory yet."""
+        if type(t) not in PLAIN or t.layout is not torch.strided:
+            return False
+        key = plan.storage_id(t)
+        memory = self._known.get(key) or self._small.get(key)
+        return memory is not None and not memory.touched
 
     def _copy(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """copy_: its source is read, or pending as a whole; what it overwrites is not written."""
         to, by = args[0], args[1]
+        if shard.is_distributed(to) and shard.is_distributed(by) and _is_alike(to, by):
+            here = self._memory_of(shard.local(to))
+            if here is not None and self._copy_pending(here, shard.local(to), shard.local(by)):
+                return to
         memory = self._memory_of(to)
         if memory is not None and self._pending and _is_certain(to, by):
             if self._copy_pending(memory, to, by):
@@ -464,9 +629,16 @@ class Capture(Mode):
             return False
         if _is_all(to) and _is_all(by):
             for fill in list(other.fills):
-                self._push(memory, fill)
+                self._push(memory, self._copied(fill, memory))
             return True
         first = other.fills[0]
+        if first.law is not None and len(other.fills) == 1 and not shard.overlaps(to):
+            new = self._copied(first, memory)
+            if new is not first:
+                self._place(new, to)
+                first.numbers.members[-1] = memory, new.box
+                self._push(memory, new)
+                return True
         if len(other.fills) > 1 or first.op != "constant" or first.tensor.dtype != by.dtype:
             return False
         fill = probe.proved(plan.constant(to, first.a, True))  # type: ignore[assignment]
@@ -494,6 +666,8 @@ class Capture(Mode):
         read: dict[int, _Memory] = {}
         for x in leaves(args) if not kwargs else leaves((args, kwargs)):
             if isinstance(x, Tensor):
+                if _is_fake(x):
+                    continue  # DTensor tries what an operator does to shapes
                 if type(x) not in PLAIN or x.layout is not torch.strided:
                     return self.settle(func)  # might wrap any other
                 memory = self._pending.get(plan.storage_id(x))
@@ -526,20 +700,31 @@ class Capture(Mode):
                     done(sum(fill.items for fill, _ in piece))
         for _, memory in todo:
             memory.settled()
+            if reader is not None:
+                memory.number = ""  # what is filled again has other numbers
             self._pending.pop(memory.key, None)
 
     def _write(self, piece: _Stage) -> None:
         drawn = [(fill, storage) for fill, storage in piece if fill.law is None]
         if drawn:
             execute.run_ahead(drawn)
-        works = [self._work(fill, storage) for fill, storage in piece if fill.law is not None]
+        works = []
+        failed: Exception | None = None
+        for fill, storage in piece:
+            if fill.law is not None:
+                try:
+                    works.append(self._work(fill, storage))
+                except (NotImplementedError, RuntimeError, ValueError) as error:
+                    failed = error  # the others are written first
         if works:
             execute.run_keyed(works)
+        if failed is not None:
+            raise failed
 
     def close(self) -> None:
         """The block is over."""
         if self.seed is not None:  # what is not named now never will be
-            self._know()
+            self._know(True)
         try:
             self.settle()
         except KeyboardInterrupt:
@@ -547,7 +732,8 @@ class Capture(Mode):
             raise
         finally:
             self._purge()
-            self.report.close((*self._known.values(), *self._small.values(), *self._exposed))
+            memories = (*self._known.values(), *self._small.values())
+            self.report.close(memories, self._ours)
 
     # ---- what hooks.py and the functions of fastinit report ------------------------------------
 
@@ -573,10 +759,14 @@ class Capture(Mode):
             return
         if memory is not None:
             del self._known[memory.key]
-            if memory.written:
-                self._exposed.append(memory)
-                if len(self._known) + len(self._exposed) > self._purge_at:
-                    self._purge()
+            self._small[memory.key] = memory
+
+    def wrote_by(self, what: str, tensors: Iterable[Tensor], draws: bool) -> None:
+        """Something writes tensors without operators, with torch's numbers or others."""
+        for t in tensors:
+            self._wrote(t)
+        if draws and self.seed is not None:
+            self.report.foreign.add(what)
 
     def before(self, other: Thread | Future[Any] | None) -> None:
         """Another thread may run what the block gives it, until it ends."""
@@ -652,6 +842,18 @@ def _slabs_in(whole: Tensor, box: tuple[int, tuple[int, ...], tuple[int, ...]]) 
     if begin == 0 and box[1:] == (here.shape, here.stride()):
         return shard.slabs(whole)
     return shard.part(whole, begin, *box[1:])
+
+
+def _is_fake(t: Any) -> bool:
+    """Of torch's FakeTensor, which has no memory; without loading its module."""
+    kind = type(t)
+    return kind.__name__ == "FakeTensor" and kind.__module__.startswith("torch.")
+
+
+def _is_alike(to: Any, by: Any) -> bool:
+    """Whether each process copies what it has itself."""
+    same = to.shape == by.shape and to.dtype == by.dtype
+    return bool(same and to.device_mesh == by.device_mesh and to.placements == by.placements)
 
 
 def _is_certain(to: Tensor, by: Any) -> bool:

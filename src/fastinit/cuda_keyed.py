@@ -87,7 +87,7 @@ class _Launch:
         count, rows, cols = work.law.shape
         dtype, each = qr.gaussian_dtype(work.tensor.dtype), qr.packed_items(rows, cols)
         drawn = torch.empty(count * each, dtype=dtype, device=work.tensor.device)
-        for x, out in zip(drawn.view(count, each), work.tensor.view(count, rows, cols)):
+        for x, out in zip(drawn.view(count, each), work.tensor.detach().view(count, rows, cols)):
             self._matrices.append(cuda_qr.Job(x, out, rows, cols, work.law.p[0]))
         return Work(laws.normal(0.0, 1.0), work.key, drawn, keyed.whole(count * each))
 

@@ -89,9 +89,9 @@ def _pass_on(
     recorder = plan.this_thread.recorder
     generator = args[-1] if args else None  # it comes last
     seeded = recorder is not None and recorder.seed is not None
-    if block != (None, None) or type(generator) is Key:
+    if block != (None, None) or isinstance(generator, Key):
         return _fill_keyed(function.__name__, tensor, args, *block)
-    if seeded and not isinstance(generator, Generator):
+    if seeded and (not isinstance(generator, Generator) or source.is_default(generator)):
         return _fill_keyed(function.__name__, tensor, args)
     if recorder is None:
         with source.default_lock if generator is None else source.lock_of(generator):
@@ -110,7 +110,7 @@ def _fill_keyed(
     offset: Sequence[int] | None = None,
 ) -> Tensor:
     """`args`: with the generator last, if the function has one."""
-    key = args[-1] if args and type(args[-1]) is Key else None
+    key = args[-1] if args and isinstance(args[-1], Key) else None
     rest = args[:-1] if laws.draws(function) else args
     recorder = plan.this_thread.recorder
     if recorder is None:
@@ -535,7 +535,7 @@ def orthogonal_(
     """
     if not (_is_large(tensor, global_shape, 0) and tensor.dim() >= 2):
         return _pass_on(_torch.orthogonal_, tensor, gain, generator, block=(global_shape, offset))
-    if type(generator) is Key:
+    if isinstance(generator, Key):
         return _fill_keyed("orthogonal_", tensor, (gain, generator))
     if _run(plan.orthogonal(tensor, gain, generator, tensor.shape[0])):
         return tensor
@@ -574,7 +574,7 @@ def orthogonal_batched_(
     """
     recorder = plan.this_thread.recorder
     seeded = recorder is not None and recorder.seed is not None and generator is None
-    if seeded or type(generator) is Key or global_shape is not None:
+    if seeded or isinstance(generator, Key) or global_shape is not None:
         args = (gain, generator)
         return _fill_keyed("orthogonal_batched_", tensor, args, global_shape, offset)
     if tensor.dim() < 2:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
+import operator
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,18 +42,23 @@ class Key:
         True
     """
 
-    __slots__ = ("_numbers", "name", "seed")
+    __slots__ = ("_lock", "_next", "name", "seed")
 
     def __init__(self, seed: int, name: str | None = None) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool):
+        if isinstance(seed, bool | Tensor):
             raise TypeError(f"a seed is an int, not {type(seed).__name__}")
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            raise TypeError(f"a seed is an int, not {type(seed).__name__}") from None
         if not -(_SEEDS >> 1) <= seed < _SEEDS:
             raise ValueError("a seed is between -2^63 and 2^64 - 1")
         if name is not None and not isinstance(name, str):
             raise TypeError(f"a name is a str, not {type(name).__name__}")
         self.seed = seed % _SEEDS
         self.name = name
-        self._numbers = itertools.count()
+        self._next = 0
+        self._lock = threading.Lock()
 
     def named(self, name: str) -> Key:
         """The key of one parameter."""
@@ -68,11 +75,25 @@ class Key:
         """For one fill: Philox's key, and what to call it."""
         if self.name is not None:
             return self.philox, self.name
-        label = f"#{next(self._numbers)}"
+        with self._lock:
+            label = f"#{self._next}"
+            self._next += 1
         return derived(self.seed, label), label
+
+    def __copy__(self) -> Key:
+        return self  # a copy that began anew would give the same numbers twice
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.seed, self.name, self._next)
 
     def __repr__(self) -> str:
         return f"Key({self.seed})" if self.name is None else f"Key({self.seed}, {self.name!r})"
+
+
+def _restored(kind: type[Key], seed: int, name: str | None, following: int) -> Key:
+    key = kind(seed, name)
+    key._next = following
+    return key
 
 
 def derived(seed: int, label: str) -> int:

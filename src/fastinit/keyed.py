@@ -138,7 +138,7 @@ def _reflectors(work: Work) -> tuple[Work, qr.Job]:
     """The normals of orthogonal matrices, in the order that qr.write_haar_ wants; what is to become
     of them."""
     count, rows, cols = work.law.shape
-    out = work.tensor.view(count, rows, cols)
+    out = work.tensor.detach().view(count, rows, cols)
     items = count * qr.packed_items(rows, cols)
     drawn = torch.empty(items, dtype=qr.gaussian_dtype(out.dtype), device="cpu")
     normals = Work(laws.normal(0.0, 1.0), work.key, drawn, whole(items))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastinit import block, plan, shard
 from fastinit.capture import Capture
+from fastinit.key import named_tensors
 from fastinit.mode import Mode
 from fastinit.model import Fn, apply, is_recording_a_plan, reset
 from fastinit.operators import OVERWRITING, PLAIN, leaves
@@ -55,7 +56,8 @@ def materialize_(
     if is_recording_a_plan():
         raise RuntimeError("materialize_ cannot be part of a Plan that is being recorded")
     with block.adopting((), model, seed, prefix) as report:
-        slots = [slot for path, m in model.named_modules() for slot in _meta_slots(path, m)]
+        report.is_about_new = True
+        slots = [s for s in named_tensors(model, prefix) if s[3].is_meta]
         memory: dict[tuple[object, ...], Tensor] = {}
         new: dict[int, Tensor] = {}  # tied tensors are one object
         for _, m, name, old in slots:
@@ -73,7 +75,7 @@ def materialize_(
                 if getattr(m, name, None) is new[id(old)] and not watch.is_written(new[id(old)]):
                     setattr(m, name, old)
                     missing.append(path)
-    report.unwritten = list(dict.fromkeys(missing))
+    report.unwritten += dict.fromkeys(missing)
     if missing:
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" * (len(missing) > 10))
         warnings.warn(
@@ -108,13 +110,6 @@ def _watching(watch: _Watch) -> Iterator[None]:
 
 
 _BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _meta_slots(path: str, m: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Full name, and where it is to be set."""
-    for name, t in (*m._parameters.items(), *m._buffers.items()):
-        if t is not None and t.is_meta and not nn.parameter.is_lazy(t):
-            yield f"{path}.{name}".lstrip("."), m, name, t
 
 
 def _materialized(
@@ -189,7 +184,7 @@ class _Watch(Mode):
         key = plan.storage_id(t)
         if key in self._missing:
             if t.numel() * t.element_size() == plan.storage_of(t).nbytes():
-                self._missing.remove(key)
+                self._missing.discard(key)  # storage_of may have told us under a function mode
             else:
                 self._marks(t).fill_(_MARK[t.element_size()])
 

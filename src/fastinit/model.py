@@ -10,7 +10,20 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from fastinit import block, cpu, execute, hooks, init, keyed, laws, plan, probe, shard, source
+from fastinit import (
+    block,
+    cpu,
+    execute,
+    hooks,
+    init,
+    keyed,
+    laws,
+    names,
+    plan,
+    probe,
+    shard,
+    source,
+)
 from fastinit.capture import Capture
 from fastinit.key import Key, derived, named_tensors
 from fastinit.mode import Mode
@@ -116,6 +129,7 @@ class Plan:
         try:
             if isinstance(before, Capture):
                 before.settle("Plan.run")
+                before.wrote_by("Plan.run", self._tensors(), seed is None)
             elif not plan.modes_allow():
                 raise RuntimeError("a Plan cannot run under a mode, transform or tracer of torch")
             if self._on_gpu:
@@ -129,6 +143,13 @@ class Plan:
                 self._run_steps(before, progress)
         finally:
             plan.set_recorder(before)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for step in self._steps:
+            if not callable(step):
+                yield from (fill.tensor for fill in step)
+            elif isinstance(step, functools.partial):
+                yield from (x for x in step.args[:1] if isinstance(x, Tensor))
 
     def _run_steps(self, block: object, progress: bool | None) -> None:
         if any(plan.place(t) != place for t, place in self._places):
@@ -160,10 +181,7 @@ class Plan:
     def _run_keyed(self, seed: int, prefix: str) -> None:
         if any(plan.place(t) != place for t, place in self._places):
             raise RuntimeError(_MOVED)
-        names: dict[int, list[tuple[str, Tensor]]] = {}
-        for name, t in self._names:
-            names.setdefault(plan.storage_id(t), []).append((prefix + name, t))
-        run = _Keyed(seed, names)
+        run = _Keyed(seed, prefix, names.Names((prefix + name, t) for name, t in self._names))
         for number, step in enumerate(self._steps):
             if not callable(step):
                 if any(plan.extent(fill) != fill.extent for fill in step):
@@ -288,8 +306,8 @@ def reset(module: nn.Module) -> None:
 class _Keyed:
     """The steps of a Plan with the numbers of a seed: as many as touch different memory at once."""
 
-    def __init__(self, seed: int, names: dict[int, list[tuple[str, Tensor]]]) -> None:
-        self._seed, self._names = seed, names
+    def __init__(self, seed: int, prefix: str, named: names.Names) -> None:
+        self._seed, self._prefix, self._names = seed, prefix, named
         self._works: list[keyed.Work | None] = []
         self._room = plan.Room()
         self._others: list[plan.Fill] = []  # of generators of the caller's own
@@ -313,25 +331,28 @@ class _Keyed:
         if not isinstance(step, functools.partial):
             return False
         name, tensor, args = step.func.__name__, step.args[0] if step.args else None, step.args[1:]
-        if not isinstance(tensor, Tensor) or not laws.draws(name):
+        if not isinstance(tensor, Tensor) or not (laws.draws(name) or name == "_orthogonal"):
             return False
         if args and args[-1] is not None and not source.is_default(args[-1]):
             return False
-        self._put(tensor, laws.law_of(name, tensor.dtype, tensor.shape, args[:-1]), number)
+        if name == "_orthogonal":  # init.orthogonal_ and orthogonal_batched_
+            shape, gain = args[:2]
+            law = laws.law_of("orthogonal_batched_", tensor.dtype, shape, (gain,))
+        else:
+            law = laws.law_of(name, tensor.dtype, tensor.shape, args[:-1])
+        self._put(tensor, law, number)
         return True
 
     def _put(self, t: Tensor, law: laws.Law, number: int) -> None:
-        if t.numel() == 0 or t.is_meta:
+        here = shard.local(t)
+        if here.numel() == 0 or here.is_meta:
             return
         self.flush_others()
-        slabs, label = None, f"#{number}"
-        for name, whole in self._names.get(plan.storage_id(t), ()):
-            begin = int(t.storage_offset()) - int(whole.storage_offset())
-            slabs = shard.part(whole, begin, t.shape, t.stride())
-            if slabs is not None:
-                label = "/" + name
-                break
-        work = keyed.Work(law, derived(self._seed, label), t, slabs or shard.slabs(t))
+        found = self._names.find(plan.storage_id(here), names.box_of(here), law)
+        label = f"#{self._prefix}step.{number}" if found is None else "/" + found[0]
+        slabs = None if found is None else found[1]
+        slabs, t = shard.slabs(t) if slabs is None else slabs, here
+        work = keyed.Work(law, derived(self._seed, label), t, slabs)
         begin = plan.address_of(t)
         extent = begin, begin + plan.span(t) * t.element_size()
         fill = plan.Fill(t, law.op, rank=0 if t.is_contiguous() else 1)

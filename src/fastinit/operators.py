@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastinit import backend, plan
+from fastinit import backend, plan, source
 
 _aten = torch.ops.aten
 PLAIN = (Tensor, nn.Parameter)  # types whose values are what is in their storage
@@ -76,7 +76,8 @@ FILLS: dict[Any, Build] = {
 def random_call(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     """The function of torch.nn.init that draws the same, and its numbers; None: with a generator
     of the caller's own, or no such operator."""
-    if func not in _RANDOM or kwargs.get("generator") is not None:
+    generator = kwargs.get("generator")
+    if func not in _RANDOM or not (generator is None or source.is_default(generator)):
         return None
     name, first, second, defaults = _RANDOM[func]
     if not first:
@@ -116,13 +117,38 @@ def writes(func: Any) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """What it writes to."""
+    found = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(args[i] if i < len(args) else kwargs.get(argument.name))
+    return found
+
+
+@functools.cache
+def makes_new(func: Any) -> bool:
+    """Its result is in memory of its own."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or schema.is_mutable or func.namespace != "aten" or is_view(func):
+        return False
+    returns = schema.returns
+    lifts = schema.name.startswith(("aten::lift", "aten::_to_cpu", "aten::contiguous"))
+    return len(returns) == 1 and returns[0].alias_info is None and not lifts
+
+
 @functools.cache
 def is_random(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
 
 
 _empty, _like, _new = _aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default
-EMPTY = (_empty, _like, _new, _aten.empty_strided.default, _aten.new_empty_strided.default)
+EMPTY = (
+    *(_empty, _like, _new, _aten.empty_strided.default, _aten.new_empty_strided.default),
+    _aten.empty_permuted.default,
+)
+# Views of all of a tensor, by which nobody asks for a single element.
+SAME = (_aten.detach.default, _aten.alias.default, _aten.as_strided.default, _aten.view.default)
 
 # Each is one of EMPTY with the same first arguments (how many), and a fill.
 FACTORIES: dict[Any, tuple[Any, int, Build]] = {

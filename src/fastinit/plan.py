@@ -85,7 +85,9 @@ class Fill:
     law: Any = None  # laws.Law
     box: tuple[int, tuple[int, ...], tuple[int, ...]] = (0, (), ())  # in the storage, in elements
     slabs: Any = None  # of the whole, if known beforehand
-    owner: Any = None  # what names the key; or the key of Philox and its label
+    otherwise: Any = None  # slabs, if it is no part of what has a name
+    owner: Any = None  # whose memory it is; or the key of Philox and what it comes from
+    numbers: Any = None  # what it has in common with its copies
 
 
 # ---- what the kernels can take -------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
@@ -12,7 +13,7 @@ import textwrap
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -119,7 +120,12 @@ class Report:
     foreign: set[str] = field(default_factory=set)  # operators that drew from torch's generators
     progress: bool = False  # show a bar while writing what waited until the end
     prefix: str = ""  # of all names
-    model: weakref.ref[nn.Module] | None = None  # it is about; None: whatever the block made
+    is_about_models: bool = False  # and not about what else the block makes
+    is_about_new: bool = False  # tensors of these; others are left as they are
+    # Models it is about and what is put before their names; none: whatever the block made.
+    roots: list[tuple[weakref.ref[nn.Module], str]] = field(default_factory=list, repr=False)
+    held: int = 0  # things that modules have got
+    registered: set[int] = field(default_factory=set, repr=False)  # storages of these
     _memories: list[_Memory] = field(default_factory=list, repr=False)
     _modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict, repr=False)
 
@@ -134,12 +140,14 @@ class Report:
     def at_once(self, fill: Fill) -> None:
         self.at_once_elements += fill.items
 
-    def close(self, memories: Iterable[_Memory]) -> None:
+    def close(self, memories: Iterable[_Memory], ours: Collection[int]) -> None:
         """The block is over: what its tensors are now is what is reported of them."""
         memories = list(memories)
         self._memories += [m for m in memories if m.written]
         seen = {m.key: m for m in memories}
-        about = self.model is not None
+        about = self.is_about_models
+        if not about and len(self._outermost()) > 1:
+            gc.collect()  # or a model that nobody holds would count as the first
         groups: dict[int, list[str]] = {}
         for name, t in self.named_tensors():
             others = groups.setdefault(id(t), [])
@@ -150,9 +158,13 @@ class Report:
             memory = seen.get(plan.storage_id(here))
             if memory is not None and memory.asked > 1:
                 self.repeated.append(name)
-            if memory.touched if memory is not None else not about:
+            seen_before = self.is_about_new or plan.storage_id(here) in ours
+            if memory is None and not (about and seen_before):
+                continue  # made by something else than `empty`
+            if memory is not None and memory.touched:
                 continue
             is_kept = about and memory is None and not isinstance(t, nn.Parameter)
+            is_kept |= self.is_about_new and memory is None
             (self.kept if is_kept else self.unwritten).append(name)
         self.tied += [tuple(names) for names in groups.values() if len(names) > 1]
 
@@ -162,6 +174,8 @@ class Report:
         After `init_model_` these are parameters that its function did not write; after
         `materialize_` whatever is still on the meta device.
         """
+        if self.reason:
+            raise RuntimeError(f"nothing was captured: {self.reason}")
         if self.unwritten:
             names = ", ".join(self.unwritten[:10])
             more = f" and {len(self.unwritten) - 10} more" if len(self.unwritten) > 10 else ""
@@ -194,19 +208,27 @@ class Report:
         """A module got a parameter, a buffer or a child."""
         known = self._modules.get(id(module))
         if known is None or known() is not module:
+            self._modules.pop(id(module), None)  # of one that died, whose place was earlier
             self._modules[id(module)] = weakref.ref(module)
+        self.held += 1
+        if isinstance(value, Tensor) and _has_storage(value):
+            self.registered.add(plan.storage_id(value))
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Of the outermost modules in the order they were made; where there are several, all but
-        the first have a number before their names."""
-        for i, m in enumerate(self._outermost()):
+    def named_tensors(self, final: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Of the models it is about, and then of the outermost modules of the block in the order
+        they were made; where there are several, all but the first have a number before their names.
+
+        `final`: not before the end, when these are known.
+        """
+        for ref, prefix in self.roots:
+            model = ref()
+            if model is not None:
+                yield from ((name, t) for name, _, _, t in named_tensors(model, prefix))
+        for i, m in enumerate(self._outermost() if final and not self.is_about_models else ()):
             for name, _, _, t in named_tensors(m, self.prefix + (f"~{i}." if i else "")):
                 yield name, t
 
     def _outermost(self) -> list[nn.Module]:
-        if self.model is not None:
-            model = self.model()
-            return [] if model is None else [model]
         modules = [m for m in (ref() for ref in self._modules.values()) if m is not None]
         inner = {id(child) for m in modules for child in m.children()}
         return [m for m in modules if id(m) not in inner]
@@ -234,11 +256,13 @@ class Report:
             kind = "" if t is None else "parameter" if isinstance(t, nn.Parameter) else "buffer"
             keys = ", ".join({f.key: None for f in m.written if f.key})
             rows.append(Row(name, shape, fill.dtype, calls, kind, keys, "written", (*m.written,)))
-        for status, missing in (("unwritten", set(self.unwritten)), ("kept", set(self.kept))):
-            for name, t in names.values():
-                if name in missing:
-                    kind = "parameter" if isinstance(t, nn.Parameter) else "buffer"
-                    rows.append(Row(name, tuple(t.shape), t.dtype, (), kind, "", status, ()))
+        shown = {row.name for row in rows}
+        missing = dict.fromkeys(self.unwritten, "unwritten") | dict.fromkeys(self.kept, "kept")
+        for name, t in names.values():
+            if name not in shown and t.numel() != 0:
+                kind = "parameter" if isinstance(t, nn.Parameter) else "buffer"
+                status = missing.get(name, "written")
+                rows.append(Row(name, tuple(t.shape), t.dtype, (), kind, "", status, ()))
         order = {name: i for i, (name, _) in enumerate(names.values())}
         return sorted(rows, key=lambda row: order.get(row.name, len(order)))
 
@@ -252,8 +276,8 @@ class Report:
             n = len(names)
             yield (
                 *(f"{n} x " if n > 1 else "", (row.name if n > 1 else names[0]) or "(unnamed)"),
-                *("x".join(map(str, row.shape)), str(row.dtype)[6:]),
-                ", ".join(row.written_by) or row.status.upper(),
+                *("x".join(map(str, row.shape)) or "scalar", str(row.dtype)[6:]),
+                ", ".join(row.written_by) or _WITHOUT_CALLS[row.status],
             )
 
     def __str__(self) -> str:
@@ -291,6 +315,9 @@ class Report:
             for (operator, line), elements in early.most_common(10):
                 lines.append(f"  {_count(elements):>8}  {operator} at {line}"[:width])
         return "\n".join(lines)
+
+
+_WITHOUT_CALLS = {"written": "(as it was made)", "unwritten": "UNWRITTEN", "kept": "KEPT"}
 
 
 def _has_storage(t: Tensor) -> bool:

@@ -46,6 +46,23 @@ def local(t: Any) -> Tensor:
     return t._local_tensor if is_distributed(t) else t  # type: ignore[no-any-return]
 
 
+def overlaps(t: Tensor) -> bool:
+    """Whether elements share memory."""
+    return _layout(t.shape, t.stride()) is None
+
+
+def selected(t: Any, dim: int, index: int) -> Tensor | None:
+    """What this rank has of t.select(dim, index), as a view; None: nothing."""
+    held = _held(t, None, None)[1]
+    dim, index = dim % t.dim(), index % t.shape[dim]
+    place = 0
+    for run in (held or [[]] * t.dim())[dim]:
+        if index in run:
+            return local(t).select(dim, place + run.index(index))
+        place += len(run)
+    return None
+
+
 def global_shape(t: Tensor, given: Sequence[int] | None = None) -> torch.Size:
     """Of the whole parameter; `given` is that of which a plain t is a block."""
     if given is not None and is_distributed(t):
