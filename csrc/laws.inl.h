@@ -5,12 +5,13 @@
 // Only IEEE operations with one rounding each, in a fixed order, so that all give the same bits.
 
 // Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011). Blocks of one
-// key; `domain` 0 is for values. w[j]: word j of each.
-FI_LAW void philox(uint64_t key, W block, uint32_t domain, W* w) {
+// key; `high`: their upper halves, of which a loop need compute little if they stay the same;
+// `domain` 0 is for values. w[j]: word j of each.
+FI_LAW void philox(uint64_t key, W block, W high, uint32_t domain, W* w) {
   constexpr uint32_t kA = 0xD2511F53, kB = 0xCD9E8D57, kC = 0x9E3779B9, kD = 0xBB67AE85;
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   const uint64_t first = uint64_t{domain} * kB;  // what is the same for all blocks
-  W p0 = product(block, kA), p1 = all(first), c1 = upper(block), c3 = all(0);
+  W p0 = product(block, kA), p1 = all(first), c1 = high, c3 = all(0);
   W c0 = mix(upper(p1), c1, k0), c2 = mix(upper(p0), c3, k1);
   for (int round = 1; round < 10; ++round) {
     c1 = p1;
@@ -31,13 +32,13 @@ FI_LAW void philox(uint64_t key, W block, uint32_t domain, W* w) {
 // ---- float32
 // -------------------------------------------------------------------------------------
 
-// A word as u = (w + 1/2) / 2^32: min(w, ~w) becomes a float, so that small u and small 1 - u both
+// A word as u = (w + 1/2) / 2^32, from the word as a signed number: small u and small 1 - u both
 // have all their digits.
 struct Unit {
-  M is_upper;  // u = 1 - y, otherwise u = y
-  F y;         // at most 1/2
+  M is_upper;  // u = 1 + y, otherwise u = y
+  F y;         // between -1/2 and 1/2
   FI_LAW explicit Unit(U w) : is_upper(bit<31>(w)) {
-    y = fma(to_float(w ^ sra<31>(w)), floats(0x1p-32f), floats(0x1p-33f));
+    y = fma(to_float(w), floats(0x1p-32f), floats(0x1p-33f));
   }
 };
 
@@ -65,10 +66,10 @@ FI_LAW F minus_two_log(U exponent, F h, F* rest) {
 // Two standard normals: Box and Muller (1958).
 FI_LAW void normals(U r, U a, F* z0, F* z1) {
   const Unit u(r);
-  const U exponent = exponent_of(minus_if(u.is_upper, floats(1.0f), u.y));
+  const U exponent = exponent_of(plus_if(u.is_upper, floats(1.0f), u.y));
   // h = -2 (2^-e u - 1), exact.
   const F scale = view(sub(words(0xC0000000), exponent));  // -2 * 2^-e
-  const F h = fma(flip(u.y, r), scale, plus_if(u.is_upper, scale, floats(2.0f)));
+  const F h = fma(u.y, scale, plus_if(u.is_upper, scale, floats(2.0f)));
   F rest;
   const F square = minus_two_log(exponent, h, &rest);
   const F radius = root(square);
@@ -78,7 +79,7 @@ FI_LAW void normals(U r, U a, F* z0, F* z1) {
 
   // Quarter turns: a = quarter 2^30 + n, t = (n + 1/2) / 2^30, between -1/2 and 1/2.
   const U turned = add(a, words(0x20000000));
-  const F t = fma(to_float(sra<2>(shl<2>(a))), floats(0x1p-30f), floats(0x1p-31f)), tt = mul(t, t);
+  const F t = fma(to_float(shl<2>(a)), floats(0x1p-32f), floats(0x1p-31f)), tt = mul(t, t);
   F s = floats(-0x1.2ddcecp-8f);  // sin(pi/2 t) / t - float(pi/2)
   s = fma(s, tt, floats(0x1.46607ep-4f));
   s = fma(s, tt, floats(-0x1.4abbcp-1f));
@@ -135,8 +136,8 @@ struct KeyedTruncated {
         over(floats(static_cast<float>(p[6]))) {}
   FI_LAW F of(U w) const {
     const Unit u(w);
-    const F rest = minus(floats(1.0f), u.y);
-    const F from_lo = either(u.is_upper, rest, u.y), from_hi = either(u.is_upper, u.y, rest);
+    const F from_lo = plus_if(u.is_upper, floats(1.0f), u.y);
+    const F from_hi = minus(either(u.is_upper, floats(0.0f), floats(1.0f)), u.y);
     // How much lies below the value and above it; the smaller one has all its digits.
     const F p = fma(from_lo, inside, under), q = fma(from_hi, inside, over), t = smaller(p, q);
     const F d = minus(floats(0.5f), t), s = fnma(d, d, floats(0.180625f));

@@ -170,8 +170,8 @@ def normal(key: int, at: Numbers, dtype: torch.dtype) -> Reals:
     second = at & np.uint64(1)
     r, bits, real = _drawn(key, at - second, dtype)
     upper = r >= np.uint64(2 ** (bits - 1))
-    y = _plus_half(np.where(upper, np.uint64(2**bits - 1) - r, r).astype(np.int64), dtype)
-    y = y * real(2.0**-bits)
+    signed = r.astype(np.int64) - np.where(upper, 1 << bits, 0)
+    y = np.abs(_plus_half(signed, dtype)) * real(2.0**-bits)
     radius = np.sqrt(-2 * np.where(upper, np.log1p(-y), np.log(y)))
     t, bits, _ = _drawn(key, at - second + np.uint64(1), dtype)
     # The nearest quarter; of n + 1/2 of 2^-bits turns at most an eighth of a turn is left.

@@ -225,8 +225,8 @@ def test_model_normal_is_the_formula(dtype: torch.dtype, monkeypatch: pytest.Mon
     with mpmath.workdps(40):
         for i in range(many // 2 * 2):
             r, t = m[i - i % 2], m[i - i % 2 + 1]
-            near = plus_half(min(r, one - 1 - r), dtype) / one
-            radius = mpmath.sqrt(-2 * mpmath.log(near if 2 * r < one else 1 - near))
+            near = plus_half(r - one if 2 * r >= one else r, dtype) / one
+            radius = mpmath.sqrt(-2 * mpmath.log(near if 2 * r < one else 1 + near))
             turned = (t + quarter // 2) // quarter
             left = plus_half(t - turned * quarter, dtype) / one
             angle = 2 * mpmath.pi * (mpmath.mpf(turned) / 4 + left)

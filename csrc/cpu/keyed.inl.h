@@ -10,9 +10,9 @@ struct KeyedElement {
   using T = typename E::T;
   static constexpr int kPerBlock = 4;
   template <bool kStream, class Law>
-  static FI_INLINE void write(const Law& law, uint64_t key, W blocks, T* out) {
+  static FI_INLINE void write(const Law& law, uint64_t key, W blocks, W high, T* out) {
     W w[4];
-    philox(key, blocks, 0, w);
+    philox(key, blocks, high, 0, w);
     U first[kParts], second[kParts];
     pair(w[0], w[2], first);
     pair(w[1], w[3], second);
@@ -38,9 +38,9 @@ struct KeyedElement<Dtype::f64> {
   using T = double;
   static constexpr int kPerBlock = 2;
   template <bool kStream, class Law>
-  static FI_INLINE void write(const Law& law, uint64_t key, W blocks, T* out) {
+  static FI_INLINE void write(const Law& law, uint64_t key, W blocks, W high, T* out) {
     W w[4];
-    philox(key, blocks, 0, w);
+    philox(key, blocks, high, 0, w);
     uint64_t word[4][kBlocks];
     for (int i = 0; i < 4; ++i) memcpy(word[i], &w[i], sizeof w[i]);
     double x[kBlocks], y[kBlocks];
@@ -63,7 +63,8 @@ void write_span(const Law& law, uint64_t key, uint64_t index, typename E::T* out
   constexpr uint64_t kStep = kBlocks * E::kPerBlock;
   alignas(64) T some[kStep];
   const auto write_some = [&](uint64_t skipped, uint64_t n) __attribute__((always_inline)) {
-    E::template write<false>(law, key, count_from(index / E::kPerBlock), some);
+    const W blocks = count_from(index / E::kPerBlock);
+    E::template write<false>(law, key, blocks, upper(blocks), some);
     memcpy(out, some + skipped, n * sizeof(T));
     index += n;
     out += n;
@@ -83,10 +84,18 @@ void write_span(const Law& law, uint64_t key, uint64_t index, typename E::T* out
       left -= some_of;
     }
   }
-  for (; count >= kStep; count -= kStep) {
-    E::template write<kStream>(law, key, count_from(index / E::kPerBlock), out);
-    index += kStep;
-    out += kStep;
+  while (count >= kStep) {
+    uint64_t block = index / E::kPerBlock;
+    const W high = all(block >> 32);
+    // As many steps as have the same upper half.
+    const uint64_t steps =
+        least(count / kStep, ((uint64_t{1} << 32) - (block & 0xFFFFFFFF)) / kBlocks);
+    if (steps == 0) write_some(0, kStep);
+    for (uint64_t i = 0; i < steps; ++i, block += kBlocks, out += kStep) {
+      E::template write<kStream>(law, key, count_from(block), high, out);
+    }
+    index += steps * kStep;
+    count -= steps * kStep;
   }
   if (count != 0) write_some(0, count);
 }
@@ -145,7 +154,8 @@ void write_scattered(const Law& law, const KeyedFill& d, Walk walk, uint64_t ite
     }
     for (uint32_t i = blocks; i % kBlocks != 0; ++i) block[i] = block[blocks - 1];
     for (uint32_t i = 0; i < blocks; i += kBlocks) {
-      E::template write<false>(law, d.key, load_blocks(block + i), values + i * E::kPerBlock);
+      const W some = load_blocks(block + i);
+      E::template write<false>(law, d.key, some, upper(some), values + i * E::kPerBlock);
     }
     for (uint32_t i = 0; i < n; ++i) base[to[i]] = values[from[i]];
   }
@@ -223,7 +233,8 @@ void write_keyed_mask(const KeyedFill& d, uint64_t begin, uint64_t end) {
     const uint64_t skipped = first % 4, need = skipped + static_cast<uint64_t>(s.zeros);
     for (uint64_t i = 0; i < need; i += 4 * kBlocks) {
       W w[4];
-      philox(d.key, count_from((first + i) / 4), 1, w);
+      const W blocks = count_from((first + i) / 4);
+      philox(d.key, blocks, upper(blocks), 1, w);
       U even[kParts], odd[kParts];
       pair(w[0], w[2], even);
       pair(w[1], w[3], odd);

@@ -138,7 +138,6 @@ FI_INLINE M bit(U v) {
   return view(shl<31 - n>(v));
 }
 FI_INLINE F either(M m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
-FI_INLINE F minus_if(M m, F a, F b) { return either(m, minus(a, b), b); }
 FI_INLINE F plus_if(M m, F a, F b) { return either(m, plus(a, b), b); }
 FI_INLINE F quotient(F a, F b) { return _mm256_div_ps(a, b); }
 FI_INLINE F smaller(F a, F b) { return _mm256_min_ps(a, b); }

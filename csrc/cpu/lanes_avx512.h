@@ -153,7 +153,6 @@ FI_INLINE M bit(U v) {
   return n == 31 ? _mm512_movepi32_mask(v) : _mm512_test_epi32_mask(v, words(1u << n));
 }
 FI_INLINE F either(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
-FI_INLINE F minus_if(M m, F a, F b) { return _mm512_mask_sub_ps(b, m, a, b); }
 FI_INLINE F plus_if(M m, F a, F b) { return _mm512_mask_add_ps(b, m, a, b); }
 FI_INLINE F quotient(F a, F b) { return _mm512_div_ps(a, b); }
 FI_INLINE F smaller(F a, F b) { return _mm512_min_ps(a, b); }

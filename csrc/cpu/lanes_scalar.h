@@ -149,7 +149,6 @@ FI_INLINE M bit(U v) {
   return (v >> n & 1) != 0;
 }
 FI_INLINE F either(M m, F yes, F no) { return m ? yes : no; }
-FI_INLINE F minus_if(M m, F a, F b) { return m ? a - b : b; }
 FI_INLINE F plus_if(M m, F a, F b) { return m ? a + b : b; }
 FI_INLINE F quotient(F a, F b) { return a / b; }
 FI_INLINE F smaller(F a, F b) { return a < b ? a : b; }

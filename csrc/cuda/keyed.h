@@ -50,13 +50,13 @@ struct Drawn {
   FI_FN explicit Drawn(const KeyedFill& f) : law(f.p), key(f.key) {}
   FI_FN void block(uint64_t number, F* x) const {
     W w[4];
-    philox(key, all(number), 0, w);
+    philox(key, number, upper(number), 0, w);
     law(static_cast<U>(w[0]), static_cast<U>(w[1]), x, x + 1);
     law(static_cast<U>(w[2]), static_cast<U>(w[3]), x + 2, x + 3);
   }
   FI_FN void block(uint64_t number, double* x) const {
     W w[4];
-    philox(key, all(number), 0, w);
+    philox(key, number, upper(number), 0, w);
     law(w[0] << 32 | static_cast<U>(w[1]), w[2] << 32 | static_cast<U>(w[3]), x, x + 1);
   }
   FI_FN Pack unit(uint64_t number, uint32_t begin, uint32_t end) const {

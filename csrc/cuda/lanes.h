@@ -26,10 +26,6 @@ template <int n>
 FI_FN U shl(U v) {
   return v << n;
 }
-template <int n>
-FI_FN U sra(U v) {  // copies the sign bit
-  return static_cast<U>(static_cast<int32_t>(v) >> n);
-}
 FI_FN U add(U a, U b) { return a + b; }
 FI_FN U sub(U a, U b) { return a - b; }
 FI_FN F to_float(U v) { return cuda::to_float(static_cast<int32_t>(v)); }
@@ -51,7 +47,6 @@ FI_FN M bit(U v) {
   return v & 1u << n;
 }
 FI_FN F either(M m, F yes, F no) { return m == 0 ? no : yes; }
-FI_FN F minus_if(M m, F a, F b) { return m == 0 ? b : minus(a, b); }
 FI_FN F plus_if(M m, F a, F b) { return m == 0 ? b : plus(a, b); }
 FI_FN F fma(F a, F b, F c) { return fma_of(a, b, c); }    //  a * b + c
 FI_FN F fnma(F a, F b, F c) { return fma_of(-a, b, c); }  // -a * b + c
