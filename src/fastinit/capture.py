@@ -238,7 +238,9 @@ class Capture(Mode):
     def adopt_all(self, tensors: Iterable[Tensor]) -> None:
         """The same for many tensors, most of which will be filled."""
         ours = set(self._ours)
-        for t in map(shard.local, tensors):
+        for t in tensors:
+            if type(t) not in PLAIN:
+                t = shard.local(t)
             if type(t) not in PLAIN or t.layout is not torch.strided:
                 continue
             ours.add(plan.storage_id(t))

@@ -82,16 +82,15 @@ class Written(NamedTuple):
     @classmethod
     def small(cls, t: Tensor, op: str, a: float, b: float, caller: Any) -> Written:
         """What is not worth a fill."""
-        size, begin = t.element_size(), int(t.storage_offset())
-        extent = (size * begin, size * (begin + plan.span(t))) if t.numel() else (0, 0)
-        return cls(op, a, b, t.numel(), t.dtype, extent, caller)
+        size, begin, items = t.element_size(), int(t.storage_offset()), t.numel()
+        span = items if items == 0 or t.is_contiguous() else plan.span(t)
+        return cls(op, a, b, items, t.dtype, (size * begin, size * (begin + span)), caller)
 
 
 class _Memory(Protocol):
     @property
     def key(self) -> int: ...
-    @property
-    def weak(self) -> Any: ...
+    def is_dead(self) -> bool: ...
     @property
     def written(self) -> list[Written]: ...
     @property
@@ -150,19 +149,23 @@ class Report:
             gc.collect()  # or a model that nobody holds would count as the first
         groups: dict[int, list[str]] = {}
         for name, t in self.named_tensors():
-            others = groups.setdefault(id(t), [])
-            others.append(name)
-            here = shard.local(t)
-            if len(others) > 1 or here.is_meta or here.numel() == 0 or not _has_storage(here):
+            if id(t) in groups:
+                groups[id(t)].append(name)
+                continue
+            groups[id(t)] = [name]
+            here = t if type(t) is nn.Parameter else shard.local(t)
+            if not _has_storage(here):
                 continue
             memory = seen.get(plan.storage_id(here))
-            if memory is not None and memory.asked > 1:
-                self.repeated.append(name)
+            if memory is not None and memory.touched:  # most are
+                if memory.asked > 1:
+                    self.repeated.append(name)
+                continue
+            if here.is_meta or here.numel() == 0:
+                continue
             seen_before = self.is_about_new or plan.storage_id(here) in ours
             if memory is None and not (about and seen_before):
                 continue  # made by something else than `empty`
-            if memory is not None and memory.touched:
-                continue
             is_kept = about and memory is None and not isinstance(t, nn.Parameter)
             is_kept |= self.is_about_new and memory is None
             (self.kept if is_kept else self.unwritten).append(name)
@@ -247,7 +250,7 @@ class Report:
         names = self._names()
         rows = []
         for m in self._memories:
-            if m.weak.expired():
+            if m.is_dead():
                 continue
             name, t = names.get(m.key, ("", None))
             fill = m.written[-1]
