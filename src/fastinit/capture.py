@@ -11,9 +11,7 @@ before they are overwritten, or their storage dies, are never done.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -22,100 +20,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastinit import (
-    backend,
-    execute,
-    keyed,
-    laws,
-    names,
-    operators,
-    plan,
-    probe,
-    qr,
-    shard,
-    source,
-)
-from fastinit.key import Key, derived
+from fastinit import execute, laws, operators, plan, probe, qr, shard, source
+from fastinit.key import Key
+from fastinit.keys import Keys, Numbers
+from fastinit.memory import Memory, Stage, is_all, pieces, stages
 from fastinit.mode import Mode
 from fastinit.operators import PLAIN, leaves
 from fastinit.report import Report, Written, caller
 
-_OF_WHOLE = ("orthogonal", "sparse", "diagonal")  # laws of the shape that was asked for
 _MOST_PARTS = 1024  # pending keyed fills of one storage
 _MOST_STATES = 2048  # pending random fills, each with 5 KB of generator state
 _MOST_LAYERS = 64  # pending fills of one storage
-
-
-class _Memory:
-    """A storage whose fills may wait."""
-
-    __slots__ = ("asked", "fills", "key", "number", "touched", "weak", "written")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.key = plan.storage_id(tensor)
-        # As long as it lives, no other storage gets this key.
-        self.weak = StorageWeakRef(plan.storage_of(tensor))  # type: ignore[no-untyped-call]
-        self.fills: list[plan.Fill] = []  # pending, in order
-        self.written: list[Written] = []  # for the report
-        self.number = ""  # which takes the place of a name in the keyed stream
-        self.touched = False  # by anything that writes
-        self.asked = 0  # for how many fills of all of it
-
-    def nbytes(self) -> int:
-        storage = torch.UntypedStorage._new_with_weak_ptr(self.weak.cdata)
-        return 0 if storage is None else storage.nbytes()
-
-    def is_dead(self) -> bool:
-        return bool(self.weak.expired())  # type: ignore[no-untyped-call]
-
-    def says_all(self, t: Tensor) -> bool:
-        """Whether what is pending is all there is to know about the storage, which is t's, and as
-        cheap to do again as to copy."""
-        first = self.fills[0]
-        if any(fill.op == "orthogonal" for fill in self.fills):
-            return False
-        return plan.is_dense(first) and first.extent == (0, plan.storage_of(t).nbytes())
-
-    def note(self, new: Written, dense: bool) -> None:
-        """A fill has been written; nothing is left of those below it."""
-        begin, end = new.extent
-        if new.op == "sparse_mask" and self.written and self.written[-1].caller == new.caller:
-            self.written[-1] = self.written[-1]._replace(op="sparse")  # its other half
-            return
-        if dense or self.written[-1:] == [new]:
-            kept = (w for w in self.written if w.extent[0] < begin or end < w.extent[1])
-            self.written = list(kept)
-        self.written.append(new)
-
-    def settled(self) -> None:
-        """What was pending has been written."""
-        for fill in self.fills:
-            self.note(Written.of(fill), plan.is_dense(fill))
-        self.fills = []
-
-
-class _Numbers:
-    """Of a keyed fill and its copies, which have one key: that of the first with a name."""
-
-    __slots__ = ("label", "members")
-
-    def __init__(self, memory: _Memory, box: names.Box) -> None:
-        self.label = ""  # once some of it is written
-        self.members = [(memory, box)]
-
-    def leave(self, memory: _Memory) -> None:
-        at = [m[0] for m in self.members]
-        if memory in at:  # once: it may hold a copy of what it held itself
-            del self.members[at.index(memory)]
-
-
-def _is_all(t: Tensor) -> bool:
-    """Whether a tensor is all of its storage, in order."""
-    if not t.is_contiguous() or t.is_neg() or t.is_conj():
-        return False
-    return t.numel() * t.element_size() == plan.storage_of(t).nbytes()
 
 
 class Capture(Mode):
@@ -128,16 +44,14 @@ class Capture(Mode):
         self.report = report
         self.seed = seed  # of the keyed stream; None: torch's generators
         self._copies: dict[int, tuple[weakref.ref[Any], Any, Any]] = {}  # by views of DTensors
-        self._names = names.Names()
-        self._names_of = -1  # how many things modules had got when they were looked up
-        self._numbers = itertools.count()
+        self._keys = Keys(report, seed)
         self.watch: Callable[[Tensor], None] | None = None  # told what is filled without operators
         self.submitting = False  # to a pool, which may start threads for that
-        self._known: dict[int, _Memory] = {}
+        self._known: dict[int, Memory] = {}
         # Others that may wait, too. Held until they are filled, so that none gets another's key.
         self._adoptable: dict[int, torch.UntypedStorage] = {}
-        self._pending: dict[int, _Memory] = {}  # those of _known with fills
-        self._small: dict[int, _Memory] = {}  # what may not wait but is asked about
+        self._pending: dict[int, Memory] = {}  # those of _known with fills
+        self._small: dict[int, Memory] = {}  # what may not wait but is asked about
         self._ours: frozenset[int] = frozenset()  # storages of the model it is about
         self._purge_at = 1024  # entries of _known
         self._states = 0  # pending random fills, at most
@@ -174,7 +88,7 @@ class Capture(Mode):
                     continue
                 if (
                     copied
-                    and _is_all(t)
+                    and is_all(t)
                     and (memory := self._memory_of(t) or self._small.get(plan.storage_id(t)))
                 ):
                     memory.touched, memory.written = False, []
@@ -229,7 +143,7 @@ class Capture(Mode):
         if type(t) not in PLAIN or t.layout is not torch.strided or t.numel() == 0:
             return
         if plan.is_here(t):
-            memory = _Memory(t)
+            memory = Memory(t)
             waits = self.seed is not None or plan.is_worth(t)
             (self._known if waits else self._small).setdefault(memory.key, memory)
             if len(self._known) + len(self._small) > self._purge_at:
@@ -272,7 +186,7 @@ class Capture(Mode):
             key = plan.storage_id(t)
             memory = self._small.get(key)
             if memory is None and key in self._ours:
-                memory = self._small[key] = _Memory(t)
+                memory = self._small[key] = Memory(t)
         if memory is not None:
             memory.touched = True
             if how is not None:
@@ -281,14 +195,14 @@ class Capture(Mode):
                     memory.asked += whole and how.extent == (0, plan.storage_of(t).nbytes())
                 memory.note(how, whole and overwrites)
 
-    def _memory_of(self, t: Any) -> _Memory | None:
+    def _memory_of(self, t: Any) -> Memory | None:
         """Of a plain tensor that may wait."""
         if type(t) not in PLAIN or t.layout is not torch.strided:
             return None
         key = plan.storage_id(t)
         memory = self._known.get(key)
         if memory is None and self._adoptable.pop(key, None) is not None:
-            memory = self._known[key] = _Memory(t)
+            memory = self._known[key] = Memory(t)
         return memory
 
     def _may_wait(self) -> bool:
@@ -339,7 +253,7 @@ class Capture(Mode):
                 return t
         return self._run(func, args, kwargs)
 
-    def _record(self, memory: _Memory, fill: plan.Fill) -> bool:
+    def _record(self, memory: Memory, fill: plan.Fill) -> bool:
         """False: it cannot wait."""
         if fill.device >= 0 and not plan.is_here(fill.tensor):  # a graph is captured
             return False
@@ -357,12 +271,6 @@ class Capture(Mode):
         return True
 
     # ---- the keyed stream ----------------------------------------------------------------------
-
-    def _know(self, final: bool) -> None:
-        """Look up the names of parameters and buffers; before the end those of known models."""
-        if final or (self.report.roots and self._names_of != self.report.held):
-            self._names_of = self.report.held
-            self._names = names.Names(self.report.named_tensors(final))
 
     def fill_keyed(
         self, function: str, tensor: Tensor, args: Any, key: Key | None, block: Any
@@ -390,7 +298,7 @@ class Capture(Mode):
         numbered = owner is None and law.is_random and bool(self.report.roots)
         if here.is_meta or here.numel() == 0:
             if numbered and t.numel() != 0 and not here.is_meta:  # other ranks have some of it
-                self._number(here, law)
+                self._keys.number(here, law)
             return
         if shard.overlaps(here):
             raise RuntimeError("more than one element of the tensor is in the same memory")
@@ -401,94 +309,26 @@ class Capture(Mode):
         memory = self._memory_of(here)
         a, b = (*law.p, 0.0)[:2]
         fill = plan.Fill(here, law.op, a, b, items=here.numel(), law=law, slabs=slabs)
-        self._place(fill, here)
+        self._keys.place(fill, here)
         fill.caller = caller()
-        fill.owner = owner or memory or _Memory(here)
+        fill.owner = owner or memory or Memory(here)
         if owner is None:
-            fill.numbers = _Numbers(fill.owner, fill.box)
+            fill.numbers = Numbers(fill.owner, fill.box)
             fill.otherwise = shard.slabs(t) if shard.is_distributed(t) else None
         if numbered:
-            self._number(here, law, fill.owner)
+            self._keys.number(here, law, fill.owner)
         waits = memory is not None and here.dtype in plan.DTYPES and self._may_wait()
-        if memory is not None and waits and self._is_known(memory, here):
+        if memory is not None and waits and self._keys.may_wait(memory, here):
             fill.tensor = plan.NO_TENSOR[here.dtype]
             self._push(memory, fill)
             return
         self.read(here, law.op)
-        execute.run_keyed([self._work(fill, plan.storage_of(here))])
+        execute.run_keyed([self._keys.work(fill, plan.storage_of(here))])
         self._at_once(fill)
-
-    def _number(self, t: Tensor, law: laws.Law, memory: _Memory | None = None) -> None:
-        """If it has no name, a number in the order of the calls: the same on all ranks."""
-        self._know(False)
-        if self._names.find(plan.storage_id(t), names.box_of(t), law) is None:
-            label = f"#{self.report.prefix}block.{next(self._numbers)}"
-            if memory is not None:
-                memory.number = memory.number or label
-
-    def _is_known(self, memory: _Memory, t: Tensor) -> bool:
-        """Not a single element that torch.tensor([t, ...]) might read behind our back: such wait
-        only if they are somebody's parameter."""
-        alone = plan.storage_of(t).nbytes() == t.element_size()
-        return not alone or bool(self.report.roots) or memory.key in self.report.registered
-
-    @staticmethod
-    def _place(fill: plan.Fill, t: Tensor) -> None:
-        layout = plan.layout_of(t)
-        fill.rank = 1 if layout is None else layout[1]
-        fill.device = plan.device_of(t)
-        fill.box = names.box_of(t)
-        size = t.element_size()
-        fill.extent = size * fill.box[0], size * (fill.box[0] + plan.span(t))
-
-    def _resolve(self, fill: plan.Fill, t: Tensor) -> None:
-        """Find the key of what is written to t, and where in the whole parameter it belongs."""
-        if isinstance(fill.owner, tuple):
-            return
-        if not fill.law.is_random and (fill.slabs is not None or self.seed is None):
-            fill.owner, fill.slabs = (0, ""), fill.slabs or shard.slabs(t)
-            return
-        assert self.seed is not None
-        self._know(False)
-        numbers: _Numbers = fill.numbers
-        own = self._names.find(fill.owner.key, fill.box, fill.law)
-        if not numbers.label:
-            found = (self._names.find(m.key, box, fill.law) for m, box in numbers.members)
-            name = next((f[0] for f in found if f is not None), None)
-            first = numbers.members[0][0] if numbers.members else fill.owner
-            if name is None and not first.number:
-                first.number = f"#{self.report.prefix}block.{next(self._numbers)}"
-            numbers.label = first.number if name is None else "/" + name
-        slabs = own[1] if own is not None else fill.otherwise
-        copied = len(numbers.members) > 1 or (numbers.members and numbers.members[0][1] != fill.box)
-        if slabs is None and (own is not None or copied or fill.law.op in _OF_WHOLE):
-            slabs = shard.slabs(t)
-        elif slabs is None:  # nobody's: elements count from the beginning of the storage
-            storage, size = plan.storage_of(t), t.element_size()
-            flat = torch.empty(0, dtype=t.dtype, device=t.device)
-            flat.set_(storage, 0, (storage.nbytes() // size,), (1,))  # type: ignore[call-overload,unused-ignore]
-            slabs = shard.part(flat, *fill.box)
-        fill.slabs = fill.slabs or slabs
-        fill.owner = derived(self.seed, numbers.label), numbers.label.lstrip("/")
-
-    def _work(self, fill: plan.Fill, storage: torch.UntypedStorage) -> keyed.Work:
-        with backend.undisturbed():
-            t = torch.empty(0, dtype=fill.tensor.dtype, device=storage.device)
-            t.set_(storage, *fill.box)  # type: ignore[call-overload,unused-ignore]
-            self._resolve(fill, t)
-        return keyed.Work(fill.law, fill.owner[0], t, fill.slabs)
-
-    @staticmethod
-    def _copied(fill: plan.Fill, memory: _Memory) -> plan.Fill:
-        """What is pending elsewhere, for another memory of the same layout."""
-        if fill.law is None or isinstance(fill.owner, tuple):
-            return fill
-        fill.numbers.members.append((memory, fill.box))
-        return dataclasses.replace(fill, owner=memory)
 
     # ---- order ---------------------------------------------------------------------------------
 
-    def _push(self, memory: _Memory, fill: plan.Fill) -> None:
+    def _push(self, memory: Memory, fill: plan.Fill) -> None:
         self.report.record(fill)
         memory.touched = True
         if plan.is_dense(fill) and fill.extent[0] == 0:
@@ -507,7 +347,7 @@ class Capture(Mode):
                 self.settle(f"more than {_MOST_STATES // 2} random fills waiting")
                 self._states = 0
 
-    def _overwrite(self, memory: _Memory, by: tuple[int, int]) -> None:
+    def _overwrite(self, memory: Memory, by: tuple[int, int]) -> None:
         """What lies between these bytes need not be written any more."""
         alive = []
         for f in memory.fills:
@@ -519,7 +359,7 @@ class Capture(Mode):
                 alive.append(f)
         memory.fills = alive
 
-    def _forget(self, memory: _Memory) -> None:
+    def _forget(self, memory: Memory) -> None:
         """Nothing of what is pending need be written any more."""
         self.report.drop(memory.fills)
         for fill in memory.fills:
@@ -580,7 +420,7 @@ class Capture(Mode):
             memory is not None
             and memory.fills
             and layout in (torch.preserve_format, torch.contiguous_format)
-            and _is_all(t)
+            and is_all(t)
             and memory.says_all(t)
             and plan.is_here(t)
             and self._may_wait()
@@ -588,9 +428,9 @@ class Capture(Mode):
             out = torch.empty_like(t, memory_format=layout)
             self.adopt(out)
             copy = self._memory_of(out)
-            if copy is not None and _is_all(out):
+            if copy is not None and is_all(out):
                 for fill in list(memory.fills):
-                    self._push(copy, self._copied(fill, copy))
+                    self._push(copy, self._keys.copied(fill, copy))
                 return out
         out = self._run(func, args, kwargs)
         if self._is_garbage(t) and type(out) is Tensor:
@@ -616,28 +456,28 @@ class Capture(Mode):
         if memory is not None and self._pending and _is_certain(to, by):
             if self._copy_pending(memory, to, by):
                 return to
-            if memory.fills and _is_all(to):
+            if memory.fills and is_all(to):
                 self._settle_arguments(func, args[1:], None)
                 self._forget(memory)
                 return func(*args, **kwargs)
         return self._run(func, args, kwargs)
 
-    def _copy_pending(self, memory: _Memory, to: Tensor, by: Tensor) -> bool:
+    def _copy_pending(self, memory: Memory, to: Tensor, by: Tensor) -> bool:
         """Whether what is to be copied could be recorded, too."""
         other = self._pending.get(plan.storage_id(by))
         if other is None or other is memory or by.dtype != to.dtype or not self._may_wait():
             return False
         if not other.says_all(by):
             return False
-        if _is_all(to) and _is_all(by):
+        if is_all(to) and is_all(by):
             for fill in list(other.fills):
-                self._push(memory, self._copied(fill, memory))
+                self._push(memory, self._keys.copied(fill, memory))
             return True
         first = other.fills[0]
         if first.law is not None and len(other.fills) == 1 and not shard.overlaps(to):
-            new = self._copied(first, memory)
+            new = self._keys.copied(first, memory)
             if new is not first:
-                self._place(new, to)
+                self._keys.place(new, to)
                 first.numbers.members[-1] = memory, new.box
                 self._push(memory, new)
                 return True
@@ -665,7 +505,7 @@ class Capture(Mode):
         """Write what is pending in the tensors an operator gets, or may know from elsewhere."""
         if getattr(func, "namespace", "aten") not in ("aten", "prims"):
             return self.settle(func)
-        read: dict[int, _Memory] = {}
+        read: dict[int, Memory] = {}
         for x in leaves(args) if not kwargs else leaves((args, kwargs)):
             if isinstance(x, Tensor):
                 if _is_fake(x):
@@ -678,14 +518,14 @@ class Capture(Mode):
         if read:
             self.settle(func, list(read.values()))
 
-    def settle(self, reader: object = None, memories: list[_Memory] | None = None) -> None:
+    def settle(self, reader: object = None, memories: list[Memory] | None = None) -> None:
         """Write everything that is pending, or what is pending in some storages.
 
         States and fills are left as they are until all is written, so that it can be done again
         after an interruption.
         """
         chosen = list(self._pending.values()) if memories is None else memories
-        todo: list[tuple[torch.UntypedStorage, _Memory]] = []
+        todo: list[tuple[torch.UntypedStorage, Memory]] = []
         for memory in chosen:
             storage = torch.UntypedStorage._new_with_weak_ptr(memory.weak.cdata)
             if storage is None:
@@ -696,8 +536,8 @@ class Capture(Mode):
             return
         fills = [fill for _, memory in todo for fill in memory.fills]
         with self.report.writing(fills, reader) as done:
-            for stage in _stages(todo):
-                for piece in _pieces(stage, self.report.progress and reader is None):
+            for stage in stages(todo):
+                for piece in pieces(stage, self.report.progress and reader is None):
                     self._write(piece)
                     done(sum(fill.items for fill, _ in piece))
         for _, memory in todo:
@@ -706,7 +546,7 @@ class Capture(Mode):
                 memory.number = ""  # what is filled again has other numbers
             self._pending.pop(memory.key, None)
 
-    def _write(self, piece: _Stage) -> None:
+    def _write(self, piece: Stage) -> None:
         drawn = [(fill, storage) for fill, storage in piece if fill.law is None]
         if drawn:
             execute.run_ahead(drawn)
@@ -715,7 +555,7 @@ class Capture(Mode):
         for fill, storage in piece:
             if fill.law is not None:
                 try:
-                    works.append(self._work(fill, storage))
+                    works.append(self._keys.work(fill, storage))
                 except (NotImplementedError, RuntimeError, ValueError) as error:
                     failed = error  # the others are written first
         if works:
@@ -726,7 +566,7 @@ class Capture(Mode):
     def close(self) -> None:
         """The block is over."""
         if self.seed is not None:  # what is not named now never will be
-            self._know(True)
+            self._keys.know(True)
         try:
             self.settle()
         except KeyboardInterrupt:
@@ -824,7 +664,7 @@ class Capture(Mode):
             function()
             return
         memory = self._pending.get(plan.storage_id(tensor))
-        if memory is None or (overwrites and _is_all(tensor)):
+        if memory is None or (overwrites and is_all(tensor)):
             version = 0 if memory is None else tensor._version
             self._wrote(tensor, Written.small(tensor, function.func.__name__, 0.0, 0.0, caller()))
             try:
@@ -835,15 +675,6 @@ class Capture(Mode):
                     self._forget(memory)
         else:
             function()
-
-
-def _slabs_in(whole: Tensor, box: tuple[int, tuple[int, ...], tuple[int, ...]]) -> Any:
-    """Which elements of a parameter a box of its storage is; None: not only such."""
-    here = shard.local(whole)
-    begin = box[0] - int(here.storage_offset())
-    if begin == 0 and box[1:] == (here.shape, here.stride()):
-        return shard.slabs(whole)
-    return shard.part(whole, begin, *box[1:])
 
 
 def _is_fake(t: Any) -> bool:
@@ -869,46 +700,6 @@ def _is_certain(to: Tensor, by: Any) -> bool:
         and by.layout is torch.strided
         and not any(x.is_complex() or x.is_quantized or x.is_neg() for x in (to, by))
     )
-
-
-# ---- order -------------------------------------------------------------------------------------
-
-_Stage = list[tuple[plan.Fill, torch.UntypedStorage]]
-
-
-def _stages(todo: list[tuple[torch.UntypedStorage, _Memory]]) -> list[_Stage]:
-    """Fills that overlap come one after the other, all others together."""
-    stages: list[_Stage] = []
-    for storage, memory in todo:
-        levels: list[int] = []
-        if len(memory.fills) == 1 and stages:
-            stages[0].append((memory.fills[0], storage))
-            continue
-        for i, fill in enumerate(memory.fills):
-            begin, end = fill.extent
-            before = zip(memory.fills[:i], levels)
-            below = [k for f, k in before if f.extent[0] < end and begin < f.extent[1]]
-            level = 1 + max(below, default=-1)
-            levels.append(level)
-            if level == len(stages):
-                stages.append([])
-            stages[level].append((fill, storage))
-    return stages
-
-
-def _pieces(stage: _Stage, small: bool) -> Iterable[_Stage]:
-    """All at once, or so small that their progress can be shown."""
-    if not small:
-        return [stage]
-    pieces: list[_Stage] = [[]]
-    items = 0
-    for fill, storage in stage:
-        if items > 1 << 24:
-            pieces.append([])
-            items = 0
-        pieces[-1].append((fill, storage))
-        items += fill.items
-    return pieces
 
 
 def _handlers() -> dict[Any, Callable[[Capture, Any, Any, dict[str, Any]], Any]]:
