@@ -741,7 +741,7 @@ def test_init_model(sim: Simulation) -> None:
     expected, before = Torch(sim), versions(net.parameters())
     watched = {name: sim.watch(p.data) for name, p in net.named_parameters()}
     expected.know(*watched.values())
-    assert fastinit.init_model_(net, gpt2) is net
+    fastinit.init_model_(net, gpt2)
     expected.replay(as_gpt2(net))
     expected.check()
     assert fills_of(sim.launches) == [1 + 2 * 9, 1]
@@ -1929,11 +1929,13 @@ def test_where_there_are_kernels(usable: bool, monkeypatch: pytest.MonkeyPatch) 
     assert plan.is_here(stand_in(cuda=True)) == usable
     assert not plan.is_here(stand_in())
     for device in ("cuda", torch.device("cuda", 1)):
-        assert operators.makes_native(((2, 3),), {"device": device}) == usable
-        assert not operators.makes_native(((2, 0),), {"device": device})
-        assert not operators.makes_native(((2, 3),), {"device": device, "dtype": torch.int32})
-    assert not operators.makes_native(((2, 3),), {"device": "cpu"})
-    assert not operators.makes_native(((90, 300),), {"device": "meta"})
+        assert operators.makes_native(((2, 3),), {"device": device}, plan.MIN_NATIVE) == usable
+        assert not operators.makes_native(((2, 0),), {"device": device}, plan.MIN_NATIVE)
+        assert not operators.makes_native(
+            ((2, 3),), {"device": device, "dtype": torch.int32}, plan.MIN_NATIVE
+        )
+    assert not operators.makes_native(((2, 3),), {"device": "cpu"}, plan.MIN_NATIVE)
+    assert not operators.makes_native(((90, 300),), {"device": "meta"}, plan.MIN_NATIVE)
 
 
 def test_no_kernels_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1954,7 +1956,7 @@ def test_nothing_is_native_while_a_graph_is_captured(
     def capture() -> None:  # from here on
         monkeypatch.setattr(backend, "can_use_cuda", lambda: False)
         monkeypatch.setattr(plan, "is_here", lambda t: False)
-        monkeypatch.setattr(operators, "makes_native", lambda args, kwargs: False)
+        monkeypatch.setattr(operators, "makes_native", lambda args, kwargs, least: False)
 
     torch.manual_seed(3)
     if way == "function":
