@@ -97,9 +97,10 @@ def test_one_launch_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
         cuda_keyed.run(expected)
     with simulated() as sim:
         device = {work.tensor.data_ptr(): i % 3 for i, work in enumerate(found)}
-        monkeypatch.setattr(plan, "device_of", lambda t: device.get(t.data_ptr(), 0))
-        monkeypatch.setattr(cuda_qr, "orthonormalize", lambda jobs, direct: None)
-        cuda_keyed.run(found)
+        with monkeypatch.context() as patch:  # undone before the simulation is
+            patch.setattr(plan, "device_of", lambda t: device.get(t.data_ptr(), 0))
+            patch.setattr(cuda_qr, "orthonormalize", lambda jobs, direct: None)
+            cuda_keyed.run(found)
         assert sorted(launch[0] for launch in sim.launches) == [0, 1, 2]
     for a, b in zip(expected, found):
         if a.law.op != "orthogonal":
@@ -127,7 +128,8 @@ def test_inference_tensors_and_parameters() -> None:
 
 def test_no_kernels_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     with simulated() as sim:
-        monkeypatch.setattr("fastinit.backend.can_use_cuda", lambda: False)
-        with pytest.raises(RuntimeError, match="graph"):
-            cuda_keyed.run([work_of(RANDOM[0], fresh(10))])
+        with monkeypatch.context() as patch:
+            patch.setattr("fastinit.backend.can_use_cuda", lambda: False)
+            with pytest.raises(RuntimeError, match="graph"):
+                cuda_keyed.run([work_of(RANDOM[0], fresh(10))])
         assert not sim.launches
