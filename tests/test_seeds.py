@@ -203,7 +203,8 @@ def test_the_default_of_the_layers() -> None:
     torch.manual_seed(2021)
     DigitNet()  # draws what is then drawn a second time
     state = torch.get_rng_state()
-    again = init.init_model_(DigitNet())
+    again = DigitNet()
+    init.init_model_(again)
     torch.set_rng_state(state)
     DigitNet()
     expected = DigitNet()

@@ -124,7 +124,7 @@ class Report:
     # Models it is about and what is put before their names; none: whatever the block made.
     roots: list[tuple[weakref.ref[nn.Module], str]] = field(default_factory=list, repr=False)
     held: int = 0  # things that modules have got
-    registered: set[int] = field(default_factory=set, repr=False)  # storages of these
+    registered: set[int] = field(default_factory=set, repr=False)  # of them, single elements
     _memories: list[_Memory] = field(default_factory=list, repr=False)
     _modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict, repr=False)
 
@@ -214,7 +214,7 @@ class Report:
             self._modules.pop(id(module), None)  # of one that died, whose place was earlier
             self._modules[id(module)] = weakref.ref(module)
         self.held += 1
-        if isinstance(value, Tensor) and _has_storage(value):
+        if isinstance(value, Tensor) and _has_storage(value) and value.numel() == 1:
             self.registered.add(plan.storage_id(value))
 
     def named_tensors(self, final: bool = True) -> Iterator[tuple[str, Tensor]]:
