@@ -260,9 +260,7 @@ class Capture(Mode):
         if qr.numbers_of(fill).op in ("normal_pairs", "trunc_normal") or not self._may_wait():
             return False
         t = fill.tensor
-        size, begin = t.element_size(), int(t.storage_offset())
-        items = fill.items if plan.is_dense(fill) else plan.span(t)
-        fill.extent = (size * begin, size * (begin + items))
+        fill.extent = plan.in_storage(t)
         fill.caller = caller()
         execute.ask_ahead(fill, self._scratch)
         self._states += isinstance(fill.state, Tensor)
@@ -644,9 +642,8 @@ class Capture(Mode):
     def _at_once(self, fill: plan.Fill) -> None:
         """It is about to be written."""
         self.report.at_once(fill)
-        size, begin = fill.tensor.element_size(), int(fill.tensor.storage_offset())
-        end = begin + (fill.items if plan.is_dense(fill) else plan.span(fill.tensor))
-        self._wrote(fill.tensor, Written.of(fill)._replace(extent=(size * begin, size * end)))
+        extent = plan.in_storage(fill.tensor)
+        self._wrote(fill.tensor, Written.of(fill)._replace(extent=extent))
 
     def call(self, function: functools.partial[Any], tensor: Tensor, overwrites: bool) -> None:
         """A function that fastinit leaves to torch, in most cases because it is small.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastinit import backend, cuda_qr, keyed, laws, plan, qr
+from fastinit import backend, cuda_qr, keyed, plan
 from fastinit.keyed import Work
 from fastinit.shard import MOST_DIMS, Slab
 
@@ -50,48 +50,26 @@ def run(works: Iterable[Work]) -> None:
                 continue
             device = plan.device_of(work.tensor)
             launch = launches.setdefault(device, _Launch(device))
-            launch.add(work)
+            launch.add(work, work.tensor.device)
             if launch.scratch > cuda_qr.MOST_MEMORY:
                 launches.pop(device).go()
         for launch in launches.values():
             launch.go()
 
 
-class _Launch:
-    """Work of one launch, and what has to be done behind it."""
-
+class _Launch(keyed.Batch):
     def __init__(self, device: int) -> None:
+        super().__init__()
         self.device = device
-        self.scratch = 0  # bytes
         self._packed: list[bytes] = []
         self._tiles = 0
-        self._sparse: list[Work] = []
         self._matrices: list[cuda_qr.Job] = []
-        self._copies: list[tuple[Tensor, Work]] = []  # from memory that is written to first
 
-    def add(self, work: Work) -> None:
-        to, here = work, work.tensor.device
-        if not keyed.is_direct(work, here.type):
-            to = keyed.elsewhere(work, here)
-            self._copies.append((to.tensor, work))
-            self.scratch += to.tensor.nbytes
-        if to.law.op == "orthogonal":
-            to = self._reflectors(to)
-            self.scratch += to.tensor.nbytes
-        elif to.law.op == "sparse":
-            self._sparse.append(to)
-        self._pack(to)
+    def factor(self, drawn: Tensor, out: Tensor, gain: float) -> None:
+        rows, cols = out.shape[1:]
+        self._matrices += [cuda_qr.Job(x, y, rows, cols, gain) for x, y in zip(drawn, out)]
 
-    def _reflectors(self, work: Work) -> Work:
-        """The normals of orthogonal matrices, packed as cuda_qr wants them."""
-        count, rows, cols = work.law.shape
-        dtype, each = qr.gaussian_dtype(work.tensor.dtype), qr.packed_items(rows, cols)
-        drawn = torch.empty(count * each, dtype=dtype, device=work.tensor.device)
-        for x, out in zip(drawn.view(count, each), work.tensor.detach().view(count, rows, cols)):
-            self._matrices.append(cuda_qr.Job(x, out, rows, cols, work.law.p[0]))
-        return Work(laws.normal(0.0, 1.0), work.key, drawn, keyed.whole(count * each))
-
-    def _pack(self, work: Work) -> None:
+    def pack(self, work: Work) -> None:
         size, base = work.tensor.element_size(), plan.address_of(work.tensor)
         of_unit = 16 // size
         parts = [part for slab in work.slabs for part in _parts(slab, of_unit)]
@@ -118,13 +96,12 @@ class _Launch:
             backend.cuda_run_keyed(b"", at, count, self._tiles, self.device)
         elif count:
             backend.cuda_run_keyed(data, 0, count, self._tiles, self.device)
-        for work in self._sparse:
+        for work in self.sparse:
             zeros = backend.cuda_copy(_zeros_of(work), self.device)
             work.tensor.data.masked_fill_(zeros, 0.0)
         if self._matrices:
             cuda_qr.orthonormalize(self._matrices, direct=True)
-        for source, work in self._copies:
-            keyed.copy(source, work)
+        self.finish()
 
 
 def _zeros_of(work: Work) -> Tensor:

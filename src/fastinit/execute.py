@@ -176,8 +176,11 @@ def fill_keyed(
 def run_keyed(works: Sequence[keyed.Work]) -> None:
     """Write everything, in one native call for the CPU and one launch for each GPU."""
     with backend.undisturbed():
-        on_gpu = [work for work in works if work.tensor.is_cuda and backend.can_use_cuda()]
+        on_cpu: list[keyed.Work] = []
+        on_gpu: list[keyed.Work] = []
+        for work in works:
+            native = work.tensor.is_cuda and backend.can_use_cuda()
+            (on_gpu if native else on_cpu).append(work)
         if on_gpu:
             cuda_keyed.run(on_gpu)
-        gone = {id(work) for work in on_gpu}
-        keyed.run([work for work in works if id(work) not in gone])
+        keyed.run(on_cpu)

@@ -39,8 +39,6 @@ __all__ = [  # torch's order; older torch.nn.init has no such list
 # torch's own functions, whatever torch.nn.init is patched with later.
 _torch = SimpleNamespace(**{name: getattr(_torch_init, name) for name in __all__})
 _torch_trunc_normal = _torch_init._no_grad_trunc_normal_
-_calculate_fan_in_and_fan_out = _torch_init._calculate_fan_in_and_fan_out
-_calculate_correct_fan = _torch_init._calculate_correct_fan
 
 _Block = tuple[Sequence[int] | None, Sequence[int] | None]  # global_shape, offset
 _PLAIN = frozenset((Tensor, Parameter))
@@ -361,7 +359,7 @@ def xavier_uniform_(
         ValueError: fewer than two dimensions.
     """
     if _is_large(tensor, global_shape) and tensor.dim() >= 2:
-        a = math.sqrt(3.0) * _xavier_std(tensor, gain)
+        a = math.sqrt(3.0) * laws.xavier_std(tensor, gain)
         if _run(plan.uniform(tensor, -a, a, generator)):
             return tensor
     return _pass_on(_torch.xavier_uniform_, tensor, gain, generator, block=(global_shape, offset))
@@ -389,15 +387,10 @@ def xavier_normal_(
         ValueError: fewer than two dimensions.
     """
     if _is_large(tensor, global_shape) and tensor.dim() >= 2:
-        std = _xavier_std(tensor, gain)
+        std = laws.xavier_std(tensor, gain)
         if _run(plan.normal(tensor, 0.0, std, generator)):
             return tensor
     return _pass_on(_torch.xavier_normal_, tensor, gain, generator, block=(global_shape, offset))
-
-
-def _xavier_std(tensor: Tensor, gain: float) -> float:
-    fan_in, fan_out = _calculate_fan_in_and_fan_out(tensor)
-    return gain * math.sqrt(2.0 / float(fan_in + fan_out))
 
 
 def kaiming_uniform_(
@@ -429,7 +422,7 @@ def kaiming_uniform_(
         UserWarning: the tensor has no elements; nothing is done.
     """
     if _is_large(tensor, global_shape):
-        bound = math.sqrt(3.0) * _kaiming_std(tensor, a, mode, nonlinearity)
+        bound = math.sqrt(3.0) * laws.kaiming_std(tensor, a, mode, nonlinearity)
         if _run(plan.uniform(tensor, -bound, bound, generator)):
             return tensor
     elif _has_no_elements(tensor, global_shape):
@@ -475,7 +468,7 @@ def kaiming_normal_(
         UserWarning: the tensor has no elements; nothing is done.
     """
     if _is_large(tensor, global_shape):
-        std = _kaiming_std(tensor, a, mode, nonlinearity)
+        std = laws.kaiming_std(tensor, a, mode, nonlinearity)
         if _run(plan.normal(tensor, 0.0, std, generator)):
             return tensor
     elif _has_no_elements(tensor, global_shape):
@@ -500,11 +493,6 @@ def _has_no_elements(t: Any, whole: object) -> bool:
         and torch._C._len_torch_function_stack() == 0
         and bool(t.numel() == 0)
     )
-
-
-def _kaiming_std(tensor: Tensor, a: float, mode: Any, nonlinearity: Any) -> float:
-    fan = _calculate_correct_fan(tensor, mode)
-    return float(calculate_gain(nonlinearity, a) / math.sqrt(fan))
 
 
 def orthogonal_(

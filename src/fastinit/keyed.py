@@ -22,7 +22,6 @@ from fastinit.shard import MOST_DIMS, Slab
 _PACK = struct.Struct(f"<4Q7d{3 * MOST_DIMS}q8q3B5x")  # KeyedFill of csrc/keyed.h
 _OP_CODE = {op: code for code, op in enumerate(plan.OPS)}
 _NOTHING = (0,) * 8
-_OF_WHOLE = ("orthogonal", "sparse")  # no element can be computed without the others
 
 
 class Work(NamedTuple):
@@ -34,38 +33,68 @@ class Work(NamedTuple):
     slabs: Sequence[Slab]
 
 
-class _Batch:
-    """Work of one native call, and what has to be done behind it."""
+class Batch:
+    """Work of one native call or launch, and what has to be done behind it."""
 
     def __init__(self) -> None:
         self.scratch = 0  # bytes
-        self._packed: list[bytes] = []
-        self._masks: list[bytes] = []
-        self._matrices: list[qr.Job] = []
+        self.sparse: list[Work] = []
         self._copies: list[tuple[Tensor, Work]] = []  # from memory that is written to first
 
-    def add(self, work: Work) -> None:
+    def add(self, work: Work, device: torch.device) -> None:
+        """`device`: where it is computed."""
         to = work
-        if not is_direct(work, "cpu"):
-            to = elsewhere(work, torch.device("cpu"))
+        if not is_direct(work, device.type):
+            to = elsewhere(work, device)
             self._copies.append((to.tensor, work))
             self.scratch += to.tensor.nbytes
         if to.law.op == "orthogonal":
-            to, job = _reflectors(to)
-            self._matrices.append(job)
+            to = self._reflectors(to)
             self.scratch += to.tensor.nbytes
-        if to.law.op == "sparse":
-            self._masks.append(mask(to))
-        self._packed += packed(to)
+        elif to.law.op == "sparse":
+            self.sparse.append(to)
+        self.pack(to)
+
+    def _reflectors(self, work: Work) -> Work:
+        """The normals of orthogonal matrices, in the order that qr.write_haar_ wants."""
+        count, rows, cols = work.law.shape
+        out = work.tensor.detach().view(count, rows, cols)
+        each, dtype = qr.packed_items(rows, cols), qr.gaussian_dtype(out.dtype)
+        drawn = torch.empty((count, each), dtype=dtype, device=out.device)
+        self.factor(drawn, out, work.law.p[0])
+        return Work(laws.normal(0.0, 1.0), work.key, drawn, whole(count * each))
+
+    def finish(self) -> None:
+        for source, work in self._copies:
+            copy(source, work)
+
+    def pack(self, work: Work) -> None:
+        raise NotImplementedError
+
+    def factor(self, drawn: Tensor, out: Tensor, gain: float) -> None:
+        """What is to become of the normals: one row for each matrix."""
+        raise NotImplementedError
+
+
+class _OnCpu(Batch):
+    def __init__(self) -> None:
+        super().__init__()
+        self._packed: list[bytes] = []
+        self._matrices: list[qr.Job] = []
+
+    def pack(self, work: Work) -> None:
+        self._packed += packed(work)
+
+    def factor(self, drawn: Tensor, out: Tensor, gain: float) -> None:
+        self._matrices.append(qr.haar_job(out, drawn, gain))
 
     def go(self) -> None:
-        for part in (self._packed, self._masks):
+        for part in (self._packed, [mask(work) for work in self.sparse]):
             if part:
                 backend.run_keyed(b"".join(part))
         if self._matrices:
             qr.run(self._matrices)
-        for source, work in self._copies:
-            copy(source, work)
+        self.finish()
 
 
 def run(works: Iterable[Work]) -> None:
@@ -73,12 +102,12 @@ def run(works: Iterable[Work]) -> None:
 
     No two may overlap. Tensors of other devices are filled here and copied.
     """
-    batch = _Batch()
+    batch, here = _OnCpu(), torch.device("cpu")
     for work in works:
-        batch.add(work)
+        batch.add(work, here)
         if batch.scratch > qr.SCRATCH:
             batch.go()
-            batch = _Batch()
+            batch = _OnCpu()
     batch.go()
 
 
@@ -89,7 +118,7 @@ def is_direct(work: Work, device: str) -> bool:
         raise NotImplementedError(f"the keyed stream cannot be written to a {type(t).__name__}")
     if t.device.type != device or t.dtype not in plan.DTYPES:
         return False
-    return work.law.op not in _OF_WHOLE or (
+    return not work.law.is_of_all or (
         t.is_contiguous() and list(work.slabs) == whole(t.numel()) and t.numel() == work.law.items
     )
 
@@ -97,7 +126,7 @@ def is_direct(work: Work, device: str) -> bool:
 def elsewhere(work: Work, device: torch.device) -> Work:
     """The same, or the whole parameter if nothing less will do, in memory of its own."""
     dtype = work.tensor.dtype if work.tensor.dtype in plan.DTYPES else torch.float32
-    if work.law.op in _OF_WHOLE:
+    if work.law.is_of_all:
         made = torch.empty(work.law.items, dtype=dtype, device=device)
         return Work(work.law, work.key, made, whole(work.law.items))
     slabs: list[Slab] = []
@@ -122,7 +151,7 @@ def copy(source: Tensor, work: Work) -> None:
             to = to.as_strided(
                 sizes, [stride for _, stride, _ in slab.dims], to.storage_offset() + slab.offset
             )
-            if work.law.op in _OF_WHOLE:
+            if work.law.is_of_all:
                 to.copy_(source.as_strided(sizes, [step for _, _, step in slab.dims], slab.index))
             else:
                 items = to.numel()
@@ -132,17 +161,6 @@ def copy(source: Tensor, work: Work) -> None:
                     .permute(*range(len(sizes))[::-1])
                 )
                 begin += items
-
-
-def _reflectors(work: Work) -> tuple[Work, qr.Job]:
-    """The normals of orthogonal matrices, in the order that qr.write_haar_ wants; what is to become
-    of them."""
-    count, rows, cols = work.law.shape
-    out = work.tensor.detach().view(count, rows, cols)
-    items = count * qr.packed_items(rows, cols)
-    drawn = torch.empty(items, dtype=qr.gaussian_dtype(out.dtype), device="cpu")
-    normals = Work(laws.normal(0.0, 1.0), work.key, drawn, whole(items))
-    return normals, qr.haar_job(out, drawn, work.law.p[0])
 
 
 def whole(items: int) -> list[Slab]:

@@ -14,8 +14,6 @@ from fastinit.key import derived
 from fastinit.memory import Memory
 from fastinit.report import Report
 
-_OF_WHOLE = ("orthogonal", "sparse", "diagonal")  # laws of the shape that was asked for
-
 
 class Numbers:
     """Of a keyed fill and its copies, which have one key: that of the first with a name."""
@@ -68,8 +66,7 @@ class Keys:
         fill.rank = 1 if layout is None else layout[1]
         fill.device = plan.device_of(t)
         fill.box = names.box_of(t)
-        size = t.element_size()
-        fill.extent = size * fill.box[0], size * (fill.box[0] + plan.span(t))
+        fill.extent = plan.in_storage(t)
 
     def _resolve(self, fill: plan.Fill, t: Tensor) -> None:
         """Find the key of what is written to t, and where in the whole parameter it belongs."""
@@ -91,7 +88,7 @@ class Keys:
             numbers.label = first.number if name is None else "/" + name
         slabs = own[1] if own is not None else fill.otherwise
         copied = len(numbers.members) > 1 or (numbers.members and numbers.members[0][1] != fill.box)
-        if slabs is None and (own is not None or copied or fill.law.op in _OF_WHOLE):
+        if slabs is None and (own is not None or copied or fill.law.is_of_shape):
             slabs = shard.slabs(t)
         elif slabs is None:  # nobody's: elements count from the beginning of the storage
             storage, size = plan.storage_of(t), t.element_size()

@@ -36,13 +36,21 @@ class Law(NamedTuple):
     op: str  # of plan.OPS
     p: tuple[float, ...]  # of csrc/keyed.h; orthogonal: gain
     shape: tuple[int, ...] = ()  # diagonal: as in a Fill; sparse: rows, columns, zeros
-    items: int = 0  # of the whole, if no element can be computed without the others
-    name: str = ""  # of the function, and what it made of the shape, for reports
-    fan: str = ""
+    items: int = 0  # of the whole, if `is_of_all`
 
     @property
     def is_random(self) -> bool:
         return self.op not in ("constant", "diagonal")
+
+    @property
+    def is_of_all(self) -> bool:
+        """No element can be computed without the others."""
+        return self.op in ("orthogonal", "sparse")
+
+    @property
+    def is_of_shape(self) -> bool:
+        """It is for a tensor of the shape that was asked for, and no other."""
+        return self.is_of_all or self.op == "diagonal"
 
 
 def law_of(function: str, dtype: torch.dtype, shape: Sequence[int], args: Sequence[Any]) -> Law:
@@ -76,9 +84,7 @@ def of_fill(fill: plan.Fill) -> Law:
         return Law("orthogonal", (fill.scale,), (count, rows, cols), fill.items)
     if fill.op == "sparse":
         rows, columns = fill.tensor.shape
-        return normal(fill.a, fill.b)._replace(
-            op="sparse", shape=(rows, columns, fill.zeros), items=fill.items
-        )
+        return sparse(rows, columns, fill.zeros, fill.b)
     if fill.bounds is not None:
         erfinv = fill.op == "trunc_erfinv"
         mean, std = (fill.mean, fill.scale / math.sqrt(2.0)) if erfinv else (fill.a, fill.b)
@@ -137,24 +143,24 @@ def truncated(dtype: torch.dtype, *numbers: Any) -> Law:
     return Law("trunc_normal", (mean, std, a, b, under, inside, over))
 
 
-def _xavier_std(whole: Tensor, gain: Any) -> tuple[float, str]:
+def sparse(rows: int, columns: int, zeros: int, std: Any) -> Law:
+    """`zeros`: of each column."""
+    shape = (rows, columns, zeros)
+    return normal(0.0, std)._replace(op="sparse", shape=shape, items=rows * columns)
+
+
+def xavier_std(whole: Tensor, gain: Any) -> float:
     fan_in, fan_out = _fan(whole)
-    std = float(gain * math.sqrt(2.0 / float(fan_in + fan_out)))
-    return std, f"fan_in={fan_in}, fan_out={fan_out}"
+    return gain * math.sqrt(2.0 / float(fan_in + fan_out))  # type: ignore[no-any-return]
 
 
-def _kaiming_std(whole: Tensor, a: Any, mode: Any, nonlinearity: Any) -> tuple[float, str]:
-    fan = _correct_fan(whole, mode)
-    return float(_calculate_gain(nonlinearity, a) / math.sqrt(fan)), f"{str(mode).lower()}={fan}"
+def kaiming_std(whole: Tensor, a: Any, mode: Any, nonlinearity: Any) -> float:
+    return float(_calculate_gain(nonlinearity, a) / math.sqrt(_correct_fan(whole, mode)))
 
 
-def _symmetric(dtype: torch.dtype, found: tuple[float, str]) -> Law:
-    bound = math.sqrt(3.0) * found[0]
-    return uniform(dtype, -bound, bound)._replace(fan=found[1])
-
-
-def _centred(found: tuple[float, str]) -> Law:
-    return normal(0.0, found[0])._replace(fan=found[1])
+def _symmetric(dtype: torch.dtype, std: float) -> Law:
+    bound = math.sqrt(3.0) * std
+    return uniform(dtype, -bound, bound)
 
 
 def _orthogonal(whole: Tensor, gain: Any, batched: bool = False) -> Law:
@@ -174,7 +180,7 @@ def _sparse(whole: Tensor, sparsity: Any, std: Any = 0.01) -> Law:
         raise ValueError("Only tensors with 2 dimensions are supported")
     rows, columns = whole.shape
     zeros = min(max(math.ceil(sparsity * rows), 0), rows)
-    return normal(0.0, std)._replace(op="sparse", shape=(rows, columns, zeros), items=whole.numel())
+    return sparse(rows, columns, zeros, std)
 
 
 _BUILD: dict[str, Any] = {
@@ -188,13 +194,13 @@ _BUILD: dict[str, Any] = {
     "trunc_normal_": lambda t, mean=0.0, std=1.0, a=-2.0, b=2.0: truncated(
         t.dtype, mean, std, a, b
     ),
-    "xavier_uniform_": lambda t, gain=1.0: _symmetric(t.dtype, _xavier_std(t, gain)),
-    "xavier_normal_": lambda t, gain=1.0: _centred(_xavier_std(t, gain)),
+    "xavier_uniform_": lambda t, gain=1.0: _symmetric(t.dtype, xavier_std(t, gain)),
+    "xavier_normal_": lambda t, gain=1.0: normal(0.0, xavier_std(t, gain)),
     "kaiming_uniform_": lambda t, a=0, mode="fan_in", nonlinearity="leaky_relu": _symmetric(
-        t.dtype, _kaiming_std(t, a, mode, nonlinearity)
+        t.dtype, kaiming_std(t, a, mode, nonlinearity)
     ),
-    "kaiming_normal_": lambda t, a=0, mode="fan_in", nonlinearity="leaky_relu": _centred(
-        _kaiming_std(t, a, mode, nonlinearity)
+    "kaiming_normal_": lambda t, a=0, mode="fan_in", nonlinearity="leaky_relu": normal(
+        0.0, kaiming_std(t, a, mode, nonlinearity)
     ),
     "orthogonal_": _orthogonal,
     "orthogonal_batched_": functools.partial(_orthogonal, batched=True),

@@ -319,9 +319,7 @@ class _Keyed:
             self._others += fills
         elif fills[-1].op == "sparse_mask":  # the other is the rest of sparse_
             rows, zeros, columns = fills[-1].shape[:3]
-            law = laws.normal(first.a, first.b)
-            law = law._replace(op="sparse", shape=(rows, columns, zeros), items=first.items)
-            self._put(first.tensor, law, number)
+            self._put(first.tensor, laws.sparse(rows, columns, zeros, first.b), number)
         else:
             for fill in fills:
                 self._put(fill.tensor, laws.of_fill(fill), number)

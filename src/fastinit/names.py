@@ -13,7 +13,6 @@ from fastinit.laws import Law
 from fastinit.shard import Slab
 
 Box = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset in a storage, sizes and strides
-_OF_WHOLE = ("orthogonal", "sparse", "diagonal")  # a law of the shape that was asked for
 
 
 def box_of(t: Tensor) -> Box:
@@ -45,7 +44,7 @@ class Names:
         for name, t in self._of.get(storage, ()):
             begin = box[0] - int(shard.local(t).storage_offset())
             found = shard.part(t, begin, *box[1:])
-            if found is not None and law.op in _OF_WHOLE:
+            if found is not None and law.is_of_shape:
                 return f"{name}[{min((s.index for s in found), default=0)}]", None
             if found is not None:
                 return name, found

@@ -417,6 +417,12 @@ def extent(fill: Fill) -> tuple[int, int]:
     return begin, begin + items * t.element_size()
 
 
+def in_storage(t: Tensor) -> tuple[int, int]:
+    """The same, counted from the beginning of a tensor's storage."""
+    size, begin, items = t.element_size(), int(t.storage_offset()), t.numel()
+    return size * begin, size * (begin + (items if t.is_contiguous() else span(t)))
+
+
 def place(t: Tensor) -> tuple[object, ...]:
     """What changes when a tensor gets other memory or another shape."""
     return address_of(t), t.shape, t.stride(), t.dtype

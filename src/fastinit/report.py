@@ -82,9 +82,7 @@ class Written(NamedTuple):
     @classmethod
     def small(cls, t: Tensor, op: str, a: float, b: float, caller: Any) -> Written:
         """What is not worth a fill."""
-        size, begin, items = t.element_size(), int(t.storage_offset()), t.numel()
-        span = items if items == 0 or t.is_contiguous() else plan.span(t)
-        return cls(op, a, b, items, t.dtype, (size * begin, size * (begin + span)), caller)
+        return cls(op, a, b, t.numel(), t.dtype, plan.in_storage(t), caller)
 
 
 class _Memory(Protocol):
