@@ -170,6 +170,10 @@ class NinjaBuild(build_ext):
                 "12.4 or later is needed, with a host compiler it supports (CXX names another); "
                 "FORCE_ONLY_CPU=1 builds without."
             )
+        # In this folder the package is found before the installed one, so it needs the module, too.
+        beside = ROOT / "fastinit" / target.name
+        if beside != target:
+            shutil.copy2(target, beside)
 
 
 def version_of(command: str) -> list[str]:

@@ -39,7 +39,7 @@ from torch.nn import init
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastinit
-from fastinit import bench
+from fastinit.cli import bench
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -6,7 +6,7 @@ pytest benchmarks --benchmark-group-by=param:case
 
 import pytest
 
-from fastinit import bench
+from fastinit.cli import bench
 
 CASES = {case.name: case for case in bench.cases()}
 PAIRS = [(name, contender) for name, case in CASES.items() for contender in case.contenders]

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The command line: fastinit (or python -m fastinit) demo | info | verify | bench | inspect"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from fastinit.cli import info
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastinit", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("demo", help="compare every bit of models initialised with torch and here")
+    commands.add_parser("info", help="print versions and what was built")
+    checking = commands.add_parser("verify", help="print which kinds of fill run natively here")
+    timing = commands.add_parser("bench", help="time torch and fastinit")
+    for command in (checking, timing):
+        command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    timing.add_argument("--json", help="also write the figures to this file (with --device cuda)")
+    timing.add_argument("cases", nargs="?", default="", help="only cases whose name contains this")
+    looking = commands.add_parser("inspect", help="compare a model's tensors with their rules")
+    looking.add_argument("target", help="module:factory, what builds the model without arguments")
+    looking.add_argument("--seed", type=int, help="of the keyed stream (default: torch's numbers)")
+    looking.add_argument("--plot", metavar="PNG", help="draw the distributions to this file")
+    looking.add_argument("--meta", action="store_true", help="build it by way of the meta device")
+    return parser
+
+
+def main() -> int:
+    """Run one command and return its exit status. Only what the command needs is imported."""
+    arguments = _parser().parse_args()
+    if arguments.command == "info":
+        return info.info()
+    if getattr(arguments, "device", "cpu") == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            print("\n".join(["There is no GPU that torch can use.", *info.about_cuda()]))
+            return 1
+    if arguments.command == "verify":
+        return info.verify(arguments.device)
+    if arguments.command == "inspect":
+        from fastinit.cli import inspect
+
+        return inspect.main(arguments.target, arguments.seed, arguments.plot, arguments.meta)
+    if arguments.command == "bench":
+        from fastinit.cli import bench, bench_cuda
+
+        if arguments.device == "cuda":
+            return bench_cuda.main(arguments.cases, arguments.json)
+        return bench.main(arguments.cases)
+    from fastinit.cli import demo
+
+    return demo.demo()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Keys of the keyed stream: from a seed and a name to the key of Philox."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastinit.core import geometry, shard
+from fastinit.core.laws import Law
+from fastinit.core.shard import Slab
+
+# Wrappers and the name under which each holds what it wraps, which is no part of a parameter's.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def named_tensors(
+    model: nn.Module, prefix: str = ""
+) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Name, module, attribute and tensor of parameters, then buffers; tied ones as often as held.
+
+    Names are those of `model.named_parameters()`, without what torch.compile, DDP, FSDP and
+    activation checkpointing put in front of them.
+    """
+    modules = list(_named_modules(model, prefix, set()))
+    for kind in ("_parameters", "_buffers"):
+        for path, m in modules:
+            for name, t in getattr(m, kind).items():
+                if t is not None and not nn.parameter.is_lazy(t):
+                    yield path + name, m, name, t
+
+
+def _named_modules(
+    m: nn.Module, path: str, seen: set[nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
+    if m in seen:
+        return
+    seen.add(m)
+    yield path, m
+    wrapped = next((_WRAPPERS[c.__name__] for c in type(m).__mro__ if c.__name__ in _WRAPPERS), "")
+    for name, child in m._modules.items():
+        if child is not None:
+            yield from _named_modules(child, path if name == wrapped else f"{path}{name}.", seen)
+
+
+Box = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset in a storage, sizes and strides
+
+
+def box_of(t: Tensor) -> Box:
+    return int(t.storage_offset()), tuple(t.shape), t.stride()
+
+
+class Names:
+    """Names of tensors by their memory. The first name of a tied one counts."""
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]] = ()) -> None:
+        self._exact: dict[tuple[int, Box], tuple[str, Tensor]] = {}
+        self._of: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, t in named:
+            here = shard.local(t)
+            if here.layout is torch.strided and type(here) in (Tensor, torch.nn.Parameter):
+                key = geometry.storage_id(here)
+                self._exact.setdefault((key, box_of(here)), (name, t))
+                self._of.setdefault(key, []).append((name, t))
+
+    def find(self, storage: int, box: Box, law: Law) -> tuple[str, list[Slab] | None] | None:
+        """The name that a key is made of, and what of the parameter a box of a storage is.
+
+        Matrices that are parts of a parameter are wholes of their own: None as slabs, and the name
+        has the index of the first element behind it, in brackets. None: nobody's.
+        """
+        exact = self._exact.get((storage, box))
+        if exact is not None:
+            return exact[0], shard.slabs(exact[1])
+        for name, t in self._of.get(storage, ()):
+            begin = box[0] - int(shard.local(t).storage_offset())
+            found = shard.part(t, begin, *box[1:])
+            if found is not None and law.is_of_shape:
+                return f"{name}[{min((s.index for s in found), default=0)}]", None
+            if found is not None:
+                return name, found
+        return None

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What torch's operators do to memory, as far as capture.py and model.py treat them by name."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastinit.core import build, geometry, kernels, source
+from fastinit.core.fill import Fill
+
+_aten = torch.ops.aten
+PLAIN = (Tensor, nn.Parameter)  # types whose values are what is in their storage
+
+# (tensor to fill, arguments of the operator, its keywords, accepted: see plan.py)
+Build = Callable[[Tensor, Any, dict[str, Any], bool], "Fill | None"]
+
+
+def _uniform(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
+    a = args[1] if len(args) > 1 else kwargs.get("from", 0.0)
+    b = args[2] if len(args) > 2 else kwargs.get("to", 1.0)
+    return build.uniform(t, a, b, kwargs.get("generator"), accepted)
+
+
+def _normal(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
+    mean = args[1] if len(args) > 1 else kwargs.get("mean", 0.0)
+    std = args[2] if len(args) > 2 else kwargs.get("std", 1.0)
+    return build.normal(t, mean, std, kwargs.get("generator"), accepted)
+
+
+def _value(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
+    """fill_, full_like, new_full: the value comes last. One that is a tensor must be written."""
+    value = args[-1]
+    if isinstance(value, Tensor):
+        if type(value) is not Tensor or not value.is_cpu or value.dim() != 0 or value.is_complex():
+            return None
+        value = value.item()
+    return build.constant(t, value, accepted)
+
+
+def _full(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
+    """full without a dtype takes that of its value."""
+    given = kwargs.get("dtype") is not None or type(args[1]) is float
+    return build.constant(t, args[1], accepted) if given else None
+
+
+def _zero(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
+    return build.constant(t, 0.0, accepted)
+
+
+def _one(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
+    return build.constant(t, 1.0, accepted)
+
+
+def _rand(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
+    return build.uniform(t, 0.0, 1.0, None, accepted)
+
+
+def _randn(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
+    return build.normal(t, 0.0, 1.0, None, accepted)
+
+
+FILLS: dict[Any, Build] = {
+    _aten.uniform_.default: _uniform,
+    _aten.normal_.default: _normal,
+    _aten.fill_.Scalar: _value,
+    _aten.fill_.Tensor: _value,
+    _aten.zero_.default: _zero,
+}
+
+
+def random_call(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The function of torch.nn.init that draws the same, and its numbers; None: with a generator
+    of the caller's own, or no such operator."""
+    generator = kwargs.get("generator")
+    if func not in _RANDOM or not (generator is None or source.is_default(generator)):
+        return None
+    name, first, second, defaults = _RANDOM[func]
+    if not first:
+        return name, *defaults
+    a = args[1] if len(args) > 1 else kwargs.get(first, defaults[0])
+    b = args[2] if len(args) > 2 else kwargs.get(second, defaults[1])
+    return name, a, b
+
+
+_RANDOM: dict[Any, tuple[str, str, str, tuple[float, float]]] = {
+    _aten.uniform_.default: ("uniform_", "from", "to", (0.0, 1.0)),
+    _aten.normal_.default: ("normal_", "mean", "std", (0.0, 1.0)),
+    _aten.rand.default: ("uniform_", "", "", (0.0, 1.0)),
+    _aten.rand_like.default: ("uniform_", "", "", (0.0, 1.0)),
+    _aten.randn.default: ("normal_", "", "", (0.0, 1.0)),
+    _aten.randn_like.default: ("normal_", "", "", (0.0, 1.0)),
+}
+
+
+def numbers_of(func: Any, args: Any) -> tuple[str, float, float]:
+    """What one of FILLS or FACTORIES says it writes: name and two numbers."""
+    name = func._schema.name[6:].removeprefix("new_").removesuffix("_like").rstrip("_")
+    numbers = [float(x) if type(x) in (int, float) else math.nan for x in args[1:3]]
+    known = {"zero": 0.0, "zeros": 0.0, "ones": 1.0}
+    if name in known:
+        return "constant", known[name], 0.0
+    if name in ("fill", "full"):
+        return "constant", numbers[-1] if numbers else math.nan, 0.0
+    if name in ("rand", "randn"):
+        return {"rand": "uniform", "randn": "normal"}[name], 0.0, 1.0
+    return name, *(*numbers, *(0.0, 1.0)[len(numbers) :])
+
+
+@functools.cache
+def writes(func: Any) -> bool:
+    schema = getattr(func, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """What it writes to."""
+    found = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(args[i] if i < len(args) else kwargs.get(argument.name))
+    return found
+
+
+@functools.cache
+def makes_new(func: Any) -> bool:
+    """Its result is in memory of its own."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or schema.is_mutable or func.namespace != "aten" or is_view(func):
+        return False
+    returns = schema.returns
+    lifts = schema.name.startswith(("aten::lift", "aten::_to_cpu", "aten::contiguous"))
+    return len(returns) == 1 and returns[0].alias_info is None and not lifts
+
+
+@functools.cache
+def is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+
+
+_empty, _like, _new = _aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default
+EMPTY = (
+    *(_empty, _like, _new, _aten.empty_strided.default, _aten.new_empty_strided.default),
+    _aten.empty_permuted.default,
+)
+# Views of all of a tensor, by which nobody asks for a single element.
+SAME = (_aten.detach.default, _aten.alias.default, _aten.as_strided.default, _aten.view.default)
+
+# Each is one of EMPTY with the same first arguments (how many), and a fill.
+FACTORIES: dict[Any, tuple[Any, int, Build]] = {
+    _aten.zeros.default: (_empty, 1, _zero),
+    _aten.ones.default: (_empty, 1, _one),
+    _aten.full.default: (_empty, 1, _full),
+    _aten.rand.default: (_empty, 1, _rand),
+    _aten.randn.default: (_empty, 1, _randn),
+    _aten.zeros_like.default: (_like, 1, _zero),
+    _aten.ones_like.default: (_like, 1, _one),
+    _aten.full_like.default: (_like, 1, _value),
+    _aten.rand_like.default: (_like, 1, _rand),
+    _aten.randn_like.default: (_like, 1, _randn),
+    _aten.new_zeros.default: (_new, 2, _zero),
+    _aten.new_ones.default: (_new, 2, _one),
+    _aten.new_full.default: (_new, 2, _value),
+}
+
+# In-place operators whose result does not depend on what was there.
+OVERWRITING = frozenset(
+    f"aten::{name}_"
+    for name in (
+        *("uniform", "normal", "fill", "zero", "copy", "random", "bernoulli", "exponential"),
+        *("log_normal", "cauchy", "geometric", "_foreach_copy", "_foreach_zero"),
+    )
+)
+
+REPLACE_MEMORY = tuple(
+    getattr(packet, overload)
+    for packet in (_aten.set_, _aten.resize_, _aten.resize_as_)
+    for overload in packet.overloads()  # type: ignore[no-untyped-call]
+)
+
+
+def makes_native(args: Any, kwargs: dict[str, Any], least: int) -> bool:
+    """Whether a factory makes a tensor that can be filled natively and is worth it.
+
+    `least`: elements on the CPU that are.
+    """
+    like = args[0] if isinstance(args[0], Tensor) else None
+    if like is not None and type(like) not in PLAIN:
+        return False
+    size = args[0] if like is None else args[1] if len(args) > 1 else like.shape
+    if isinstance(size, (list, tuple)) and any(type(n) is not int for n in size):
+        return False  # symbolic
+    items = (
+        math.prod(size)
+        if isinstance(size, (list, tuple))
+        else like.numel()
+        if like is not None
+        else 0
+    )
+    device, layout = kwargs.get("device"), kwargs.get("layout")
+    if device is None:
+        device = "cpu" if like is None else like.device
+    where = torch.device(device).type
+    dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
+    return (
+        0 < items >= (least if where == "cpu" else 1)
+        and dtype in geometry.DTYPES
+        and (where == "cpu" or (where == "cuda" and kernels.can_use_cuda()))
+        and layout in (None, torch.strided)
+        and (like is None or like.layout is torch.strided)
+        and not kwargs.get("pin_memory")
+    )
+
+
+_views: dict[Any, bool] = {}
+_UNSAID = {f"aten::unsafe_{name}" for name in ("split", "split_with_sizes", "chunk")}
+
+
+def is_view(func: Any) -> bool:
+    """Makes other tensors of the same memory, or turns them in place; never reads or writes it.
+
+    Operators like contiguous and reshape, which copy if they have to, reach a mode undivided in
+    inference mode; their schemas promise an alias.
+    """
+    known = _views.get(func)
+    if known is None:
+        known = False
+        if isinstance(func, torch._ops.OpOverload) and func.namespace == "aten":
+            implicit = torch._C.DispatchKey.CompositeImplicitAutograd
+            pure = func.is_view and not func._schema.is_mutable
+            pure = pure and not func.has_kernel_for_dispatch_key(implicit)
+            pure = pure or func._schema.name in _UNSAID
+            known = pure or torch.Tag.inplace_view in func.tags
+        _views[func] = known
+    return known
+
+
+def is_inplace(func: Any) -> bool:
+    """Writes into its first argument and returns that. (torch 2.11 has no torch.Tag.inplace.)"""
+    schema = getattr(func, "_schema", None)
+    return (
+        schema is not None
+        and schema.name.endswith("_")
+        and (not schema.name.endswith("__") or schema.name.startswith("aten::__i"))
+        and len(schema.arguments) > 0
+        and schema.arguments[0].alias_info is not None
+        and schema.arguments[0].alias_info.is_write
+    )
+
+
+def leaves(x: object) -> Iterator[object]:
+    """What is in nested lists, tuples and dicts."""
+    if isinstance(x, dict):
+        x = list(x.values())
+    if isinstance(x, (list, tuple)):
+        for y in x:
+            if isinstance(y, (list, tuple, dict)):
+                yield from leaves(y)
+            else:
+                yield y
+    else:
+        yield x

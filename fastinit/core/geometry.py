@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Where a tensor's elements lie in memory, and what the kernels can write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastinit.core import kernels
+
+MIN_NATIVE = 8192  # single calls on fewer elements go to torch, whose call costs less
+MIN_CUDA = 1 << 24  # the same on a GPU, where torch's call does not wait for its kernel
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+# On a GPU: of elements, and of bytes from the first to the last. torch splits larger tensors.
+MOST_AT_ONCE = (1 << 31) - 1
+
+
+DENSE = (0,) * 8
+NO_TENSOR = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in DTYPES}
+address_of = Tensor.data_ptr  # as it is now: hooks.py replaces it
+device_of: Callable[[Tensor], int] = Tensor.get_device  # index of a GPU; -1: the CPU
+base_of = torch.UntypedStorage.data_ptr
+storage_of: Callable[[Tensor], torch.UntypedStorage] = Tensor.untyped_storage  # likewise
+
+
+def _slow_storage_id(t: Tensor) -> int:
+    return int(storage_of(t)._cdata)
+
+
+# What tensors over the same memory have in common while it lives.
+storage_id: Callable[[Tensor], int] = getattr(torch._C, "_storage_id", _slow_storage_id)
+
+
+def accepts(t: Tensor, inference: bool = False) -> bool:
+    """Plain memory that torch.nn.init would write without a word about it.
+
+    `inference`: tensors of inference mode, whose versions nobody counts, are as good as others.
+    """
+    return (
+        t.dtype in DTYPES
+        and is_here(t)
+        and t.layout is torch.strided
+        and not (t.is_nested or t.is_neg() or t._is_zerotensor())
+        and (inference or not t.is_inference())
+        and not torch._is_functional_tensor(t)
+        and address_of(t) != 0  # of a storage that was given back
+    )
+
+
+def is_here(t: Tensor) -> bool:
+    """In memory of the CPU, or of a GPU that there are kernels for."""
+    return t.is_cpu or (t.is_cuda and kernels.can_use_cuda())
+
+
+def least(device: int) -> int:
+    """Elements from which a fill that does not wait is worth a native call."""
+    return MIN_NATIVE if device < 0 else MIN_CUDA
+
+
+def is_worth(t: Tensor) -> bool:
+    """Large enough for a record. On a GPU what is saved is a launch, whatever its size."""
+    n = t.numel()
+    return n >= MIN_NATIVE or (n > 0 and device_of(t) >= 0)
+
+
+def layout_of(t: Tensor) -> tuple[str, int, tuple[int, ...]] | None:
+    """(layout, rank, sizes and strides), dimensions in the order of TensorIterator: by stride.
+
+    None: elements may share memory, or more than four dimensions are left after merging.
+    """
+    if t.is_contiguous():
+        return "contiguous", 0, DENSE
+    sizes: list[int] = []
+    strides: list[int] = []
+    reach = 1  # elements covered by the dimensions so far, gaps included
+    for stride, size in sorted((st, sz) for st, sz in zip(t.stride(), t.shape) if sz != 1):
+        if stride < reach:
+            return None
+        if sizes and stride == sizes[-1] * strides[-1]:
+            sizes[-1] *= size
+        else:
+            sizes.append(size)
+            strides.append(stride)
+        reach = stride * (size - 1) + reach
+    if strides == [1]:
+        return "dense", 0, DENSE
+    if len(sizes) > 4:
+        return None
+    pad = (0,) * (4 - len(sizes))
+    return "strided", len(sizes), (*sizes, *pad, *strides, *pad)
+
+
+def in_storage(t: Tensor) -> tuple[int, int]:
+    """The same, counted from the beginning of a tensor's storage."""
+    size, begin, items = t.element_size(), int(t.storage_offset()), t.numel()
+    return size * begin, size * (begin + (items if t.is_contiguous() else span(t)))
+
+
+def place(t: Tensor) -> tuple[object, ...]:
+    """What changes when a tensor gets other memory or another shape."""
+    return address_of(t), t.shape, t.stride(), t.dtype
+
+
+def span(t: Tensor) -> int:
+    """From its first element in memory to its last, in elements. It has some."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The compiled modules: loading them, and the calls that run on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+try:
+    from fastinit import _cpu
+except ImportError as error:
+    raise ImportError(
+        "fastinit's compiled module is missing or does not load. Install the package with "
+        "`pip install .` in its source folder (a C++17 compiler is needed); from other folders "
+        "make sure that no uncompiled copy of fastinit comes first in sys.path."
+    ) from error
+
+_cuda: Any = None
+why_no_cuda = "not built: there was no nvcc, or FORCE_ONLY_CPU=1"
+try:
+    from fastinit import _cuda
+except ImportError as error:
+    if error.name != "fastinit._cuda":
+        why_no_cuda = f"does not load: {error}"
+else:
+    why_no_cuda = ""
+if torch.version.hip is not None:
+    _cuda, why_no_cuda = None, "torch is a ROCm build"
+elif _cuda is not None and torch.version.cuda is None:
+    why_no_cuda = "torch is a CPU build"
+
+
+native_fills = 0  # how many fills the compiled modules have done in this process
+
+
+def run(packed: bytes, states: list[int], words_drawn: list[int]) -> None:
+    """Run packed fills of CPU memory; `states` are addresses of generator states, advanced."""
+    global native_fills
+    _cpu.run(packed, states, words_drawn, torch.get_num_threads())
+    native_fills += len(packed) // _cpu.FILL_SIZE
+
+
+def run_trunc(packed: bytes, state: int) -> int:
+    """Run one trunc_normal fill; how many times torch would have drawn the whole tensor."""
+    global native_fills
+    rounds = _cpu.run_trunc(packed, state, torch.get_num_threads())
+    native_fills += 1
+    return rounds
+
+
+def run_keyed(packed: bytes) -> None:
+    """Run packed fills of the keyed stream in CPU memory."""
+    global native_fills
+    _cpu.run_keyed(packed, torch.get_num_threads())
+    native_fills += len(packed) // _cpu.KEYED_SIZE
+
+
+def orthonormalize(packed: bytes, written: bytearray) -> None:
+    """Write packed matrices of CPU memory; `written` gets a byte for each that is."""
+    _cpu.orthonormalize(packed, written, torch.get_num_threads())
+
+
+def advance(state: int, to: int, words: int) -> None:
+    """Copy a generator state between addresses and move the copy on by so many words."""
+    _cpu.advance(state, to, words)
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+
+def can_use_cuda() -> bool:
+    """Whether there are kernels, and no graph is being captured, which would repeat its numbers."""
+    return _cuda is not None and not torch._C._cuda_isCurrentStreamCapturing()
+
+
+def refuse_in_graph() -> None:
+    if not can_use_cuda():
+        raise RuntimeError(
+            "fastinit: this cannot run while a CUDA graph is captured, whose replays would have to "
+            "draw other numbers each time; call the functions one by one, which torch then does"
+        )
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No mode sees what is done in between."""
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        yield

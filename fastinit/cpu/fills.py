@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Fills of CPU memory: words, overlap, packed descriptors, native calls."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fastinit.core import fill as fill_
+from fastinit.core import geometry, kernels, source
+from fastinit.core.fill import Fill, Room
+from fastinit.core.geometry import DTYPES
+from fastinit.cpu import qr as cpu_qr
+
+_OP_CODE = {op: code for code, op in enumerate(fill_.OPS)}
+_PACK = struct.Struct("<QQddddQiBBBB8q")  # FillDesc of csrc/plan.h
+
+
+def words_drawn(fill: Fill, cached: bool) -> int:
+    """32-bit words torch draws for it; `cached`: the generator holds a second normal sample."""
+    n = fill.items
+    per_item = 2 if fill.tensor.dtype is torch.float64 else 1
+    if fill.op == "uniform":
+        return n * per_item
+    if fill.op == "normal":  # the last 16 elements are drawn again if the size is no multiple
+        if fill.tensor.element_size() == 2:
+            return (n + 15) // 16 * 16
+        return (n + (16 if n % 16 else 0)) * per_item
+    if fill.op == "normal_pairs":
+        return (n - cached + 1) // 2 * 4
+    if fill.op == "sparse_mask":
+        return n * (fill.shape[0] - 1)
+    return 0
+
+
+def _pack(fill: Fill, address: int, word: int, src: int, cached: bool) -> bytes:
+    return _PACK.pack(
+        address, fill.items, fill.a, fill.b, fill.lo,
+        float(cached) if fill.op == "normal_pairs" else fill.hi,
+        word, src, _OP_CODE[fill.op], DTYPES[fill.tensor.dtype], fill.flavour, fill.rank,
+        *fill.shape,
+    )  # fmt: skip
+
+
+_Do = Callable[[bytes, list[int], list[cpu_qr.Job]], None]  # packed fills, words drawn, matrices
+
+
+class _Stage:
+    """Fills that touch different memory and whose words are known: one native call."""
+
+    def __init__(
+        self, states: list[source.State], index: dict[int, int], alone: bool, do: _Do
+    ) -> None:
+        """`states` may be missing if `is_known` of all fills. `do` gets each stage."""
+        self._states, self._index, self._alone, self._do = states, index, alone, do
+        self._begin()
+
+    def _begin(self) -> None:
+        self._packed: list[bytes | None] = []
+        self._jobs: list[cpu_qr.Job] = []  # with what is packed as their normals
+        self._scratch = 0  # bytes of normals elsewhere than in their tensors
+        self._room = Room()
+        self._words = [0] * len(self._index)
+        self._cached = [s.has_cached_normal for s in self._states]
+        self._made_cached = [False] * len(self._index)  # in this stage: its value is not known yet
+
+    def add(self, fill: Fill) -> int:
+        """How many times the tensor's version goes up."""
+        if fill.op != "orthogonal":
+            return self._put(fill, True)
+        normals = fill_.gaussian_of(fill)
+        self._put(fill_.normals_of(fill, normals), False)
+        out = geometry.address_of(fill.tensor)
+        if normals is not fill.tensor:
+            self._make_room(fill_.extent(fill), fill, False)
+            self._scratch += normals.nbytes
+        self._jobs.append(cpu_qr.job(fill, geometry.address_of(normals), out, normals))
+        if self._scratch > cpu_qr.SCRATCH:
+            self.flush()
+        return fill.bumps
+
+    def _put(self, fill: Fill, droppable: bool) -> int:
+        src = -1 if fill.generator is None else self._index[source.key_of(fill.generator)]
+        if fill.op == "trunc_normal":  # how many words it draws depends on their values
+            self.flush()
+            packed = _pack(fill, geometry.address_of(fill.tensor), 0, src, False)
+            rounds = kernels.run_trunc(packed, self._states[src].address)
+            return fill.bumps + (rounds > 1)  # torch copies the result of later rounds
+        pairs = fill.op == "normal_pairs"
+        if pairs and self._cached[src] and self._made_cached[src]:
+            self.flush()
+        extent = fill_.extent(fill)
+        if not self._alone:
+            self._make_room(extent, fill, droppable and not pairs)
+        if src < 0:
+            self._packed.append(_pack(fill, extent[0], 0, src, False))
+            return fill.bumps
+        cached = pairs and self._cached[src]
+        self._packed.append(_pack(fill, extent[0], self._words[src], src, cached))
+        self._words[src] += words_drawn(fill, cached)
+        if pairs:
+            self._cached[src] = (fill.items - cached) % 2 != 0
+            self._made_cached[src] = True
+        return fill.bumps
+
+    def _make_room(self, extent: tuple[int, int], fill: Fill, droppable: bool) -> None:
+        """One that is overwritten completely is not done; its words still count."""
+        dropped = self._room.take(fill, extent, len(self._packed), droppable)
+        if dropped is None:
+            self.flush()
+            dropped = self._room.take(fill, extent, 0, droppable)
+        for position in dropped or ():
+            self._packed[position] = None
+
+    def flush(self) -> None:
+        packed = b"".join(p for p in self._packed if p is not None)
+        if packed or any(self._words) or self._jobs:
+            self._do(packed, self._words, self._jobs)
+        self._begin()
+
+
+def run(fills: Sequence[Fill], bumps: list[int], progress: bool | None = None) -> None:
+    """Do the fills as if torch had done them one by one; `bumps`: of the tensors' versions."""
+    generators, index = _generators(fills)
+    runner = _Runner(progress)
+
+    def work(states: list[source.State]) -> None:
+        runner.begin(states)
+        bumps.clear()
+        stage = _Stage(states, index, len(fills) == 1, runner.do)
+        for fill in fills:
+            bumps.append(stage.add(fill))
+        stage.flush()
+
+    source.draw(generators, work)
+    runner.end()
+
+
+def _generators(fills: Sequence[Fill]) -> tuple[list[torch.Generator], dict[int, int]]:
+    """All that they draw from, and the place of each, by key."""
+    found = {source.key_of(f.generator): f.generator for f in fills if f.generator is not None}
+    return list(found.values()), {key: i for i, key in enumerate(found)}
+
+
+class _Runner:
+    """Runs stages. Matrices are factored before the next one, or at the end, when the generators
+    have been put back: that may take long, and needs nothing of them."""
+
+    def __init__(self, progress: bool | None) -> None:
+        self._progress = progress
+        self._jobs: list[cpu_qr.Job] = []
+
+    def begin(self, states: list[source.State]) -> None:
+        self._addresses = [s.address for s in states]
+        self._jobs = []
+
+    def do(self, packed: bytes, words: list[int], jobs: list[cpu_qr.Job]) -> None:
+        self.end()
+        kernels.run(packed, self._addresses, words)
+        self._jobs = jobs
+
+    def end(self) -> None:
+        jobs, self._jobs = self._jobs, []
+        if jobs:
+            cpu_qr.run(jobs, self._progress)
+
+
+def is_known(fill: Fill) -> bool:
+    """Whether what it draws does not depend on values, nor needs memory that is not its own."""
+    drawn = fill_.numbers_of(fill)
+    in_place = drawn is fill or drawn.tensor.dtype is fill.tensor.dtype
+    return in_place and drawn.op not in ("normal_pairs", "trunc_normal")
+
+
+class Batch:
+    """Fills that are all `is_known`, packed once to run again and again."""
+
+    def __init__(self, fills: Sequence[Fill]) -> None:
+        self._stages: list[tuple[bytes, list[int], list[cpu_qr.Job]]] = []
+        self._generators, index = _generators(fills)
+        stage = _Stage([], index, len(fills) == 1, lambda *what: self._stages.append(what))
+        bumps = [stage.add(fill) for fill in fills]
+        stage.flush()
+        self.written = [f.tensor for f, times in zip(fills, bumps) for _ in range(times)]
+
+    def run(self, progress: bool | None) -> None:
+        runner = _Runner(progress)
+
+        def work(states: list[source.State]) -> None:
+            runner.begin(states)
+            for stage in self._stages:
+                runner.do(*stage)
+
+        try:
+            source.draw(self._generators, work)
+            runner.end()
+        finally:
+            torch.autograd.graph.increment_version(self.written)
+
+
+def draw_ahead(fill: Fill, scratch: torch.Tensor) -> torch.Tensor:
+    """Move its generator on as if it had been filled; the generator's state before."""
+    assert fill.generator is not None
+    return source.draw_ahead(fill.generator, words_drawn(fill_.numbers_of(fill), False), scratch)
+
+
+def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
+    """Do fills whose words were drawn ahead, in one native call as long as there is room for the
+    normals of matrices. None may overlap another."""
+    packed: list[bytes] = []
+    states: list[int] = []
+    jobs: list[cpu_qr.Job] = []
+    scratch = 0
+    for i, (fill, storage) in enumerate(fills, 1):
+        out = address = geometry.base_of(storage) + fill.extent[0]
+        if fill.op == "orthogonal":
+            normals = fill_.gaussian_of(fill)
+            if normals is not fill.tensor:
+                address = geometry.address_of(normals)
+                scratch += normals.nbytes
+            jobs.append(cpu_qr.job(fill, address, out, normals))
+            fill = fill_.normals_of(fill, normals)
+        src = -1
+        if fill.state is not None:
+            src = len(states)
+            states.append(geometry.address_of(fill.state))
+        packed.append(_pack(fill, address, 0, src, False))
+        if i == len(fills) or scratch > cpu_qr.SCRATCH:
+            kernels.run(b"".join(packed), states, [0] * len(states))
+            if jobs:
+                cpu_qr.run(jobs, False)  # the block has a bar of its own
+            packed, states, jobs, scratch = [], [], [], 0

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Fills in the order torch would have executed them, each by the device whose memory it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastinit.core import geometry, kernels, laws, shard, source
+from fastinit.core.fill import Fill
+from fastinit.core.key import Key
+from fastinit.core.work import Work
+from fastinit.cpu import fills as cpu_fills
+from fastinit.cpu import keyed as cpu_keyed
+from fastinit.cuda import fills as cuda_fills
+from fastinit.cuda import keyed as cuda_keyed
+
+
+def run(fills: Sequence[Fill], progress: bool | None = None) -> None:
+    """Do the fills as if torch had done them one by one. `progress`: see qr.run."""
+    for group in _groups(fills) if len(fills) > 1 else [fills] if fills else []:
+        bumps: list[int] = []
+        try:
+            if group[0].device < 0:
+                cpu_fills.run(group, bumps, progress)
+            else:
+                cuda_fills.run(group, bumps)
+        finally:
+            count_versions(group, bumps)
+
+
+def refuse_in_graph() -> None:
+    """Raise if a CUDA graph is being captured."""
+    kernels.refuse_in_graph()
+
+
+def count_versions(fills: Sequence[Fill], bumps: Sequence[int]) -> None:
+    """Count up the version of each tensor as torch's operators would have."""
+    written = [f.tensor for f, times in zip(fills, bumps) for _ in range(times)]
+    torch.autograd.graph.increment_version(written)
+
+
+def _groups(fills: Sequence[Fill]) -> Sequence[Sequence[Fill]]:
+    """By device, as what is on one does not depend on the others; but sparse_ on a GPU draws from
+    the CPU's default generator, and has to keep its place, as have fills on two GPUs from one."""
+    groups: list[list[Fill]] = []
+    in_order = any(f.op == "sparse" for f in fills)
+    if len({f.device for f in fills}) > 1:
+        pairs = {(source.key_of(f.generator), f.device) for f in fills if f.generator is not None}
+        in_order |= len(pairs) > len({key for key, _ in pairs})
+    last: dict[int, list[Fill]] = {}
+    for fill in fills:
+        if in_order and groups and groups[-1][0].device != fill.device:
+            last.clear()
+        group = last.get(fill.device)
+        if group is None:
+            group = last[fill.device] = []
+            groups.append(group)
+        group.append(fill)
+    return groups
+
+
+class Prepared:
+    """Fills of one GPU, packed once to run again and again; see `prepare`."""
+
+    def __init__(self, fills: Sequence[Fill], kept: Sequence[Tensor]) -> None:
+        self._fills = fills
+        self._tensors = list({id(t): t for t in (*(f.tensor for f in fills), *kept)}.values())
+        self._batch = cuda_fills.Batch(fills)
+        # While their memory is held, no other tensor gets these addresses.
+        self._held = [geometry.storage_of(t) for t in self._tensors]
+        self._places = self._look()
+        bumps = [f.bumps for f in fills]
+        self._written = [f.tensor for f, times in zip(fills, bumps) for _ in range(times)]
+
+    def _look(self) -> list[int]:
+        """What is looked at before each run: 0.1 us per tensor. All of plan.place would be 0.6."""
+        return list(map(geometry.address_of, self._tensors))
+
+    def run(self) -> bool:
+        """False: a tensor has other memory than it had."""
+        if self._look() != self._places:
+            return False
+        bumps: list[int] = []
+        self._batch.run(bumps)
+        if self._batch.rejects:
+            count_versions(self._fills, bumps)
+        else:
+            torch.autograd.graph.increment_version(self._written)
+        return True
+
+
+def prepare(fills: Sequence[Fill], kept: Sequence[Tensor]) -> Prepared | None:
+    """What does the same again at little cost, if all fills are on one GPU.
+
+    `kept`: other tensors that must not have moved either.
+    """
+    if len({f.device for f in fills}) != 1 or fills[0].device < 0:
+        return None
+    if any(f.op == "orthogonal" for f in fills):  # the memory they work in is not to be kept
+        return None
+    return Prepared(fills, kept)
+
+
+def pack(fills: Sequence[Fill]) -> cpu_fills.Batch | None:
+    """What does the same again at little cost, if all fills are on the CPU and their words known.
+
+    Only as long as their extents stay what they are.
+    """
+    if not fills or any(f.device >= 0 or not cpu_fills.is_known(f) for f in fills):
+        return None
+    return cpu_fills.Batch(fills)
+
+
+def ask_ahead(fill: Fill, scratch: torch.Tensor) -> None:
+    """Move its generator on as if it had been filled, and note what `run_ahead` will need.
+
+    `scratch`: memory for a generator's state, of the calling thread's own.
+    """
+    if fill.device >= 0:
+        fill.stream = cuda_fills.stream(fill)
+    if fill.generator is not None:
+        on_cpu = fill.device < 0
+        fill.state = cpu_fills.draw_ahead(fill, scratch) if on_cpu else cuda_fills.draw_ahead(fill)
+
+
+def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
+    """Do fills whose words were drawn ahead. None may overlap another."""
+    on_cpu = [(fill, storage) for fill, storage in fills if fill.device < 0]
+    if on_cpu:
+        cpu_fills.run_ahead(on_cpu)
+    if len(on_cpu) < len(fills):
+        cuda_fills.run_ahead([(fill, storage) for fill, storage in fills if fill.device >= 0])
+
+
+# ---- the keyed stream ----------------------------------------------------------------------------
+
+
+def fill_keyed(
+    function: str,
+    tensor: Tensor,
+    args: Sequence[Any],
+    key: Key | None,
+    global_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
+) -> Tensor:
+    """What a function of torch.nn.init does, with numbers of a key.
+
+    Args:
+        function: its name
+        tensor: plain, or a DTensor, of which the elements of this process are written
+        args: its arguments but the tensor and the generator
+        key: None is enough for functions that draw nothing
+        global_shape: of the whole parameter, of which a plain tensor is a part
+        offset: where in the whole the tensor begins, for each dimension
+
+    Raises:
+        ValueError: a part that does not lie in the whole, or no key for random numbers.
+        RuntimeError, NotImplementedError: as torch's function, or a tensor without plain memory.
+    """
+    law = laws.law_of(function, tensor.dtype, shard.global_shape(tensor, global_shape), args)
+    if key is None and law.is_random:
+        raise ValueError(f"{function} of a part of a tensor needs generator=fastinit.Key(...)")
+    slabs = shard.slabs(tensor, global_shape, offset)
+    if law.op == "constant":  # any dtype
+        with torch.no_grad():
+            shard.local(tensor).fill_(args[0] if args else law.p[0])
+        return tensor
+    # Also for what is empty here: the next fill has the same number in every process.
+    philox = key.take()[0] if key is not None and law.is_random else 0
+    if not tensor.is_meta and slabs:
+        run_keyed([Work(law, philox, shard.local(tensor), slabs)])
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+    return tensor
+
+
+def run_keyed(works: Sequence[Work]) -> None:
+    """Write everything, in one native call for the CPU and one launch for each GPU."""
+    with kernels.undisturbed():
+        on_cpu: list[Work] = []
+        on_gpu: list[Work] = []
+        for work in works:
+            has_kernels = work.tensor.is_cuda and kernels.can_use_cuda()
+            (on_gpu if has_kernels else on_cpu).append(work)
+        if on_gpu:
+            cuda_keyed.run(on_gpu)
+        cpu_keyed.run(on_cpu)

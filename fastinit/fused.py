@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""fused(): the block in which fills wait."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from contextlib import ContextDecorator
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from fastinit.capture import hooks
+from fastinit.capture.capture import Capture
+from fastinit.capture.report import Report
+from fastinit.core import recording
+from fastinit.core.key import Key
+
+
+class fused(ContextDecorator):
+    """Write whatever is initialised in this block once, at its end, with the same bits.
+
+    Args:
+        progress: show a bar (with tqdm, if installed) while writing what waited until the end
+        seed: take the numbers of the keyed stream instead of torch's; see `Key`
+        prefix: put before the names of parameters that keys are made of
+
+    Inside, every in-place fill of a tensor that reaches torch, by whatever name, is recorded
+    instead of run; generators move on at once. A fill is written at the end of the block, all of
+    them in one threaded pass (on a GPU in one kernel launch), or as soon as something could see it:
+    an operator, `.numpy()`, a new thread. It is never written if another fill overwrites it first
+    or its memory is freed. Small fills (on the CPU fewer than 8,192 elements), tensors made before
+    the block and those on devices other than CPU and CUDA are filled when asked for. Afterwards
+    everything is as if the block had run without: values, version counters, generators, warnings,
+    exceptions. If the block raises, what was asked for so far is written.
+
+    Gives a `Report`. Works as a decorator, too. A block inside another joins it.
+
+    Not seen: memory read by threads that ran before the block, or by native code that got a tensor
+    by other ways than an operator, `data_ptr()` and the like.
+
+        >>> import torch, fastinit
+        >>> with fastinit.fused() as report:
+        ...     model = torch.nn.Linear(1000, 1000)
+        ...     _ = torch.nn.init.xavier_normal_(model.weight)
+        >>> report.written_elements, report.dropped_elements
+        (1000000, 1000000)
+    """
+
+    def __init__(
+        self, *, progress: bool = False, seed: int | None = None, prefix: str = ""
+    ) -> None:
+        self._progress = progress
+        self._seed = None if seed is None else Key(seed).seed
+        self._prefix = prefix
+        self._adopted: Iterable[Tensor] = ()
+        self._model: nn.Module | None = None
+        self._entered: list[_Block | Report] = []
+
+    def _recreate_cm(self) -> fused:  # of a decorated function, which may recurse or have threads
+        return fused(progress=self._progress, seed=self._seed, prefix=self._prefix)
+
+    def __enter__(self) -> Report:
+        outer = recording.this_thread.recorder
+        if isinstance(outer, Capture):
+            if self._seed is not None and self._seed != outer.seed:
+                raise RuntimeError("a block with a seed inside a block with another or none")
+            if self._model is not None:
+                outer.report.roots.append((weakref.ref(self._model), self._prefix))
+            elif self._prefix not in ("", outer.report.prefix):
+                raise RuntimeError("a block with a prefix inside a block with another or none")
+            outer.adopt_all(self._adopted)
+            self._entered.append(outer.report)
+            return outer.report
+        report = Report(progress=self._progress, reason=_why_not(), prefix=self._prefix)
+        if self._model is not None:
+            report.roots.append((weakref.ref(self._model), self._prefix))
+            report.is_about_models = True
+        if report.reason and self._seed is not None:
+            raise RuntimeError(f"a block with a seed has to see every operator: {report.reason}")
+        if report.reason:
+            self._entered.append(report)
+            return report
+        block = _Block(report, self._adopted, self._seed)
+        self._entered.append(block)
+        return report
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        entered = self._entered.pop()
+        outer = recording.this_thread.recorder
+        if isinstance(entered, _Block):
+            entered.end()
+        elif self._adopted and isinstance(outer, Capture):
+            outer.adopt_no_more()
+
+
+class _Block:
+    """The outermost block of a thread."""
+
+    def __init__(self, report: Report, adopted: Iterable[Tensor], seed: int | None) -> None:
+        self._capture = Capture(report, seed)
+        self._capture.adopt_all(adopted)
+        self._hooks = hooks.hooked()
+        self._hooks.__enter__()
+        self._before = recording.set_recorder(self._capture)
+        self._capture.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        try:
+            try:
+                try:
+                    self._capture.close()
+                finally:
+                    self._capture.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            finally:
+                recording.set_recorder(self._before)
+        finally:
+            self._hooks.__exit__(None, None, None)
+
+
+def _why_not() -> str:
+    """Why nothing can be captured here; "" if it can."""
+    if recording.this_thread.recorder is not None:
+        return "a Plan is being recorded"
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return "the code is being traced"
+    if torch._C._len_torch_dispatch_stack() != 0:
+        return "a dispatch mode is active that has to see every operator"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a functorch transform is active"
+    return ""
+
+
+def adopting(
+    tensors: Iterable[Tensor],
+    model: nn.Module | None = None,
+    seed: int | None = None,
+    prefix: str = "",
+) -> fused:
+    """A block in which fills of these tensors may wait as well, though they are older; whoever
+    holds them sees to it that they live as long. Its report is about the model."""
+    block = fused(seed=seed, prefix=prefix)
+    block._adopted, block._model = tensors, model
+    return block

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Inside fused(): memory that is taken away or replaced, in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.init as torch_init
+from torch import nn
+
+from tests.support.blocks import Block, Cases, compare_in_process
+from tests.support.compare import BF16, F64
+
+DANGEROUS = Cases()  # a late fill would write to freed memory
+
+
+@DANGEROUS
+def data_is_replaced(b: Block) -> Any:
+    p, q = nn.Parameter(b.empty(40, 30)), nn.Parameter(b.empty(41))
+    torch_init.normal_(p)
+    p.data = torch.full((40, 30), 2.0)
+    torch_init.normal_(p.data[3:])
+    old = q.data
+    torch_init.uniform_(q)
+    q.data = torch.ones(3)
+    torch_init.normal_(q)
+    r = nn.Parameter(b.empty(4000).normal_())
+    r.data = r.data.double()
+    r.data = r.data[:5]
+    torch_init.uniform_(r)
+    r.data = torch.ones(2, dtype=BF16)
+    return p, q, old, r
+
+
+@DANGEROUS
+def tensors_are_swapped(b: Block) -> Any:
+    one, two = nn.Parameter(b.empty(4000)), nn.Parameter(b.empty(9))
+    torch_init.normal_(one)
+    torch.utils.swap_tensors(one, two)
+    torch_init.uniform_(two)
+    torch_init.zeros_(one)
+    future = torch.__future__
+    future.set_swap_module_params_on_conversion(True)
+    try:
+        layer = nn.Linear(40, 30).to(F64)
+    finally:
+        future.set_swap_module_params_on_conversion(False)
+    return one, two, layer
+
+
+@DANGEROUS
+def tensors_are_resized(b: Block) -> Any:
+    w = b.empty(40, 30).normal_()
+    w.resize_(10, 3)
+    w.uniform_()
+    w.resize_(90, 80).normal_()
+    v = b.empty(41).normal_()
+    v.resize_(400)[41:].zero_()
+    u = b.empty(400).uniform_().resize_as_(torch.zeros(3))
+    return w, v, u, torch.add(u, 1, out=b.empty(0))
+
+
+@DANGEROUS
+def tensors_are_set(b: Block) -> Any:
+    w, v = b.empty(40, 30).normal_(), b.empty(41).uniform_()
+    w.set_(v)
+    w[3:].normal_()
+    other = torch.empty(0).set_(v.untyped_storage(), 4, (3, 5), (1, 7))
+    other.zero_()
+    u = b.empty(4000).normal_()
+    u.set_(torch.zeros(12))
+    u[3:].normal_()
+    third = b.empty(400).normal_()
+    third.set_()
+    return w, v, other, u, third.is_set_to(u)
+
+
+@DANGEROUS
+def storages_are_resized(b: Block) -> Any:
+    """As FSDP frees and takes back the memory of parameters."""
+    w, v = b.empty(40, 30).normal_(), b.empty(4000).normal_()
+    size = w.untyped_storage().nbytes()
+    w.untyped_storage().resize_(0)
+    w.untyped_storage().resize_(size)
+    w.uniform_()
+    w.untyped_storage().resize_(2 * size)
+    v.untyped_storage().resize_(40)
+    return w, v[:10].clone(), w.untyped_storage().nbytes()
+
+
+@DANGEROUS
+def storages_are_written(b: Block) -> Any:
+    w, v, u = b.empty(40, 30).normal_(), b.empty(41).uniform_(), b.empty(40, 30).uniform_()
+    w.untyped_storage().fill_(0)
+    w[3].normal_()
+    w.untyped_storage()[4] = 7
+    u.untyped_storage().copy_(w.untyped_storage())
+    w.zero_()
+    storage = v.untyped_storage()
+    v.normal_()
+    storage.fill_(1)
+    return w, v, u, bytes(storage)
+
+
+@DANGEROUS
+def memory_is_freed_and_used_again(b: Block) -> Any:
+    """A late fill would hit whoever has the memory then."""
+    kept = []
+    for i in range(400):
+        w = torch.empty(400).normal_()
+        if i % 7 == 0:
+            kept.append(w[3:300])
+        w = None
+        kept.append(torch.arange(400)) if i % 11 == 0 else torch.zeros(400)
+    parameters = [nn.Parameter(torch.empty(400).uniform_()) for _ in range(50)]
+    for p in parameters[::2]:
+        p.data = torch.arange(3.0)
+    return kept, parameters, b.empty(3).zero_()
+
+
+@DANGEROUS
+def fills_of_freed_windows(b: Block) -> Any:
+    w = b.empty(4000).zero_()
+    window = w[3000:]
+    window.normal_()
+    w.resize_(10)
+    del window
+    v = b.empty(40, 30).normal_()
+    row = v[39]
+    v.data = v.data[:2].clone()
+    row.uniform_()
+    return w, v, row
+
+
+@pytest.mark.parametrize("name", DANGEROUS)
+def test_memory_that_goes_away(name: str, python: Callable[..., Any]) -> None:
+    compare_in_process(python, __name__, name)
