@@ -232,7 +232,7 @@ def table(selected: str = "") -> list[str]:
         "| case | torch | one by one | plan | memory | ratio | goal |",
         "|---|---|---|---|---|---|---|",
     ]
-    from fastinit import bench_keyed, bench_orthogonal
+    from fastinit.cli import bench_keyed, bench_orthogonal
 
     goals = GOALS | bench_orthogonal.GOALS | bench_keyed.GOALS
     for case in (*cases(), *bench_orthogonal.cases(), *bench_keyed.cases()):

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastinit.cli.expected import Expected, Part, chunks
 
 if TYPE_CHECKING:
-    from fastinit.inspect_model import Line
+    from fastinit.cli.inspect import Line
 
 PANELS = 64
 _BAR, _BAD, _RED, _LINE, _PALE = "#a9c4e4", "#eda9a2", "#c0392b", "#20436b", "#777777"

@@ -23,13 +23,13 @@ ROOMS = {
     "execute": {"core", "cpu", "cuda"},
     "probe": {"core", "cuda", "execute"},
     "init": {"core", "cpu", "execute", "probe"},
-    "capture": {"core", "cpu", "execute", "probe", "init"},
+    "capture": {"core", "execute", "probe", "init"},
     "install": {"capture"},
     "fused": {"core", "capture"},
     "model": {"core", "capture", "fused"},
     "plan": {"core", "cpu", "execute", "probe", "init", "capture", "model"},
     "__init__": {"core", "init", "capture", "install", "fused", "model", "plan"},
-    "cli": {"__init__", "core", "cpu", "cuda", "execute", "probe", "capture", "fused"},
+    "cli": {"__init__", "core", "cpu", "cuda", "execute", "probe", "capture", "fused", "model"},
     "__main__": {"cli"},
 }
 # Who may touch what by itself: other modules go through the owner.
