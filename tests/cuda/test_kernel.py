@@ -829,7 +829,7 @@ def split(
     request: pytest.FixtureRequest, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More elements than so many are too many for torch's 32-bit indexing."""
-    for module, name in ((fill_, "MOST_AT_ONCE"), (m, "LIMIT")):
+    for module, name in ((geometry, "MOST_AT_ONCE"), (m, "LIMIT")):
         assert getattr(module, name) == 2**31 - 1
         monkeypatch.setattr(module, name, request.param * dtype.itemsize)
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../csrc/cuda/keyed.h"
+#include "../../csrc/cuda/keyed.h"
 
 namespace {
 

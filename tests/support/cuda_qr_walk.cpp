@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../csrc/cuda/qr_large.h"
+#include "../../csrc/cuda/qr_large.h"
 
 using namespace fastinit::cuda;
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 
-#include "../csrc/cuda/tiles.h"
+#include "../../csrc/cuda/tiles.h"
 
 namespace {
 
