@@ -1,144 +1,41 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What nvcc makes of the kernel, read off its reports and the machine code. Needs no GPU."""
+"""What setup.py builds of the CUDA half, and how the built module is found and described."""
 
 from __future__ import annotations
 
-import functools
 import os
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from fastinit.core.kernels import _cuda
 from fastinit.cuda import fills as cuda_fills
 from fastinit.cuda import runtime
+from tests.support.cuda_code import ROOT, cubins, disassembled, needs_nvcc, output
 
-ROOT = Path(__file__).parents[2]
-KERNEL = ROOT / "csrc" / "cuda" / "fill.cu"
-ARCHITECTURES = ("80", "90", "100", "120")
-
-
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-built = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-disassembled = pytest.mark.skipif(
-    None in (_cuda, shutil.which("cuobjdump"), shutil.which("nvdisasm")),
-    reason="needs fastinit._cuda, cuobjdump and nvdisasm",
-)
-
-
-@functools.cache
-def cubins() -> dict[str, list[Path]]:
-    """The machine code of the installed module, a file of each source, by architecture."""
-    tool = shutil.which("cuobjdump")
-    assert tool is not None
-    folder = tempfile.mkdtemp()
-    subprocess.run([tool, "-xelf", "all", _cuda.__file__], cwd=folder, check=True)
-    found: dict[str, list[Path]] = {}
-    for p in Path(folder).glob("*.cubin"):
-        found.setdefault(p.name.split(".")[-2], []).append(p)
-    return found
-
-
-@functools.cache
-def texts(architecture: str) -> list[str]:
-    """Disassembled, one of each source."""
-    tool = shutil.which("nvdisasm")
-    assert tool is not None
-    return [
-        subprocess.run([tool, "-c", str(p)], capture_output=True, text=True, check=True).stdout
-        for p in cubins()[f"sm_{architecture}"]
-    ]
-
-
-def machine_code(architecture: str) -> str:
-    return "".join(texts(architecture))
-
-
-@built
-@pytest.mark.parametrize("architecture", ["90", "100"])  # three blocks on a processor, and two
-def test_no_register_is_spilled(architecture: str, tmp_path: Path) -> None:
-    assert NVCC is not None
-    flags = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-arch=sm_{architecture}", "-cubin"]
-    command = [NVCC, *flags, "-o", str(tmp_path / "fill.cubin"), str(KERNEL)]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
-    registers = int(re.findall(r"Used (\d+) registers", report)[0])
-    assert registers <= (128 if architecture == "100" else 80)  # of 65,536, for blocks of 256
-
-
-@disassembled
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_stores_are_16_bytes_wide(architecture: str) -> None:
-    """Of each dtype with vectors: 4 for uniform, 4 for normal, 1 each for one output per block, and
-    constants; float64 and what is strided or unaligned is stored element by element."""
-    code = machine_code(architecture)
-    assert len(re.findall(r"STG\.E\.128", code)) >= 3 * (4 + 4 + 1 + 1 + 1)
-    assert not re.search(r"\bST\.E", code)  # generic addresses, which cost a look-up
-    assert not re.search(r"\b(STL|LDL)\b", code)  # spilled registers
-
-
-@disassembled
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_normals_are_computed_as_torch_does(architecture: str) -> None:
-    """The instructions that torch's own kernels have, as seen in libtorch_cuda.so of torch 2.11 and
-    2.15: range of the sine reduced with rounding to zero, then the hardware's sine and cosine; the
-    constants of libdevice's logf, merged multiply-adds and a Newton step for the square root."""
-    code = machine_code(architecture)
-    for needed in (
-        r"FMUL\.RZ [^;]*0\.15915493667125701904",
-        r"MUFU\.SIN",
-        r"MUFU\.COS",
-        r"MUFU\.RSQ",
-        r"FFMA[^;]*-0\.12148627638816833496",
-        r"FFMA[^;]*0\.33333182334899902344",
-        r"FFMA[^;]*1\.1641532182693481445e-10",
-        r"FFMA[^;]*7\.314590599882819788e-10",
-    ):
-        assert re.search(needed, code), needed
-
-
-@built
-def test_the_logarithm_is_that_of_the_installed_cuda(tmp_path: Path) -> None:
-    """laws.h repeats logf of libdevice: both have the same constants in the same order."""
-    assert NVCC is not None
-    (tmp_path / "log.cu").write_text("__global__ void k(float* x) { *x = logf(*x); }")
-    command = [NVCC, "-arch=sm_90", "-ptx", "-o", "log.ptx", "log.cu"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    theirs = re.findall(r"0f([0-9A-F]{8})", (tmp_path / "log.ptx").read_text())
-    law = (KERNEL.parent / "laws.h").read_text()
-    body = law[law.index("FI_FN float log_of") : law.index("// Two standard normals")]
-    ours = re.findall(r"float_of\(0x([0-9A-F]{8})\)", body)
-    assert len(ours) == 9
-    polynomial = ours[:-1]
-    found = [c for c in theirs if c in polynomial]
-    assert sorted(found) == sorted(polynomial)
-    assert [c for c in found if c not in polynomial[:2]] == polynomial[2:]
-    assert ours[-1] in theirs  # ln 2
+Python = Callable[..., "CompletedProcess[str]"]
+needs_module = pytest.mark.skipif(_cuda is None, reason="needs fastinit._cuda")
 
 
 @disassembled
 def test_the_module_has_code_for_the_named_architectures() -> None:
-    tool = shutil.which("cuobjdump")
-    assert tool is not None
-    listed = subprocess.run([tool, "--list-ptx", _cuda.__file__], capture_output=True, text=True)
+    listed = output("cuobjdump", "--list-ptx", _cuda.__file__)
     for name in _cuda.ARCHITECTURES.split():
         kind, _, number = name.partition("_")
         if kind == "sm":
             assert name in cubins()
         else:
-            assert f"sm_{number}.ptx" in listed.stdout
+            assert f"sm_{number}.ptx" in listed
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         assert {"sm_80", "sm_90", "sm_100", "sm_120"} <= set(cubins())
 
 
-@pytest.mark.skipif(_cuda is None, reason="needs fastinit._cuda")
+@needs_module
 def test_both_sides_mean_the_same() -> None:
-    """What cuda.py packs and assumes is what was compiled."""
+    """What cuda/fills.py packs and assumes is what was compiled."""
     for union in (len(cuda_fills._DENSE), cuda_fills._STRIDED.size, cuda_fills._DIAGONAL.size):
         assert cuda_fills._PACK.size + union == _cuda.FILL_SIZE
     assert cuda_fills._SLOT.size == _cuda.SLOT_SIZE
@@ -147,8 +44,6 @@ def test_both_sides_mean_the_same() -> None:
 
 
 # ---- setup.py ------------------------------------------------------------------------------------
-
-Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 SETUP = """
 import importlib.util, setuptools, sys
@@ -176,35 +71,43 @@ def test_without_nvcc_only_the_cpu_module_is_built(python: Python, tmp_path: Pat
     assert "FORCE_CUDA=1, but no nvcc was found" in said
 
 
-@built
+@needs_nvcc
 def test_nvcc_is_enough_for_the_cuda_module(python: Python) -> None:
     assert "['fastinit._cpu', 'fastinit._cuda']" in setup_py(python)[1]
     assert "['fastinit._cpu']" in setup_py(python, FORCE_ONLY_CPU="1")[1]
 
 
-@built
-@pytest.mark.parametrize(
-    ("asked", "given"),
-    [
-        ("", "sm_80 sm_90 sm_100 sm_120 compute_120"),
-        ("9.0", "sm_90"),
-        ("8.0;9.0+PTX", "sm_80 sm_90 compute_90"),
-        ("9.0a 10.0", "sm_90a sm_100"),
-        ("Hopper,8.6", "sm_90 sm_86"),
-    ],
-)
-def test_list_of_architectures(python: Python, asked: str, given: str) -> None:
-    code = "print(*module.architectures(module.find_nvcc()))"
-    assert given in setup_py(python, code, TORCH_CUDA_ARCH_LIST=asked)[1].splitlines()
+LISTS = {
+    "": "sm_80 sm_90 sm_100 sm_120 compute_120",
+    "9.0": "sm_90",
+    "8.0;9.0+PTX": "sm_80 sm_90 compute_90",
+    "9.0a 10.0": "sm_90a sm_100",
+    "Hopper,8.6": "sm_90 sm_86",
+    **{wrong: "TORCH_CUDA_ARCH_LIST names" for wrong in ("9", "sm_90", "nine", "3.5", "9.0+PTXX")},
+}
 
 
-@built
-@pytest.mark.parametrize("asked", ["9", "sm_90", "nine", "3.5", "9.0+PTXX"])
-def test_unknown_architectures_are_errors(python: Python, asked: str) -> None:
-    code = "print(*module.architectures(module.find_nvcc()))"
-    status, said = setup_py(python, code, TORCH_CUDA_ARCH_LIST=asked)
-    assert status != 0
-    assert "TORCH_CUDA_ARCH_LIST names" in said
+@needs_nvcc
+def test_list_of_architectures(python: Python) -> None:
+    """Names are those of torch's extensions; unknown ones are errors."""
+    code = f"""
+import os
+for asked in {list(LISTS)}:
+    os.environ["TORCH_CUDA_ARCH_LIST"] = asked
+    try:
+        print(asked, "->", *module.architectures(module.find_nvcc()))
+    except SystemExit as error:
+        print(asked, "->", error)
+"""
+    said = setup_py(python, code)[1].splitlines()
+    for asked, given in LISTS.items():
+        (line,) = (line for line in said if line.startswith(f"{asked} -> "))
+        assert (line == f"{asked} -> {given}") or (given.startswith("TORCH") and given in line)
+
+
+@needs_nvcc
+def test_the_keyed_kernel_is_compiled_without_contraction(python: Python) -> None:
+    assert "{'keyed.cu': '-fmad=false'}" in setup_py(python, "print(module.OWN_FLAGS)")[1]
 
 
 def test_import_and_info_without_a_driver(python: Python) -> None:
