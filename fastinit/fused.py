@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""fused(): the block in which fills wait."""
+"""fused(): the scope in which fills wait."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from contextlib import ContextDecorator
+from contextlib import ContextDecorator, ExitStack
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
-from fastinit.capture import hooks
 from fastinit.capture.capture import Capture
+from fastinit.capture.hooks import hooked
 from fastinit.capture.report import Report
-from fastinit.core import recording
 from fastinit.core.key import Key
+from fastinit.core.recording import set_recorder, this_thread
 
 
 class fused(ContextDecorator):
@@ -56,13 +56,13 @@ class fused(ContextDecorator):
         self._prefix = prefix
         self._adopted: Iterable[Tensor] = ()
         self._model: nn.Module | None = None
-        self._entered: list[_Block | Report] = []
+        self._entered: list[_Scope | Report] = []
 
     def _recreate_cm(self) -> fused:  # of a decorated function, which may recurse or have threads
         return fused(progress=self._progress, seed=self._seed, prefix=self._prefix)
 
     def __enter__(self) -> Report:
-        outer = recording.this_thread.recorder
+        outer = this_thread.recorder
         if isinstance(outer, Capture):
             if self._seed is not None and self._seed != outer.seed:
                 raise RuntimeError("a block with a seed inside a block with another or none")
@@ -82,8 +82,7 @@ class fused(ContextDecorator):
         if report.reason:
             self._entered.append(report)
             return report
-        block = _Block(report, self._adopted, self._seed)
-        self._entered.append(block)
+        self._entered.append(_Scope(report, self._adopted, self._seed))
         return report
 
     def __exit__(
@@ -93,40 +92,30 @@ class fused(ContextDecorator):
         trace: TracebackType | None,
     ) -> None:
         entered = self._entered.pop()
-        outer = recording.this_thread.recorder
-        if isinstance(entered, _Block):
+        outer = this_thread.recorder
+        if isinstance(entered, _Scope):
             entered.end()
         elif self._adopted and isinstance(outer, Capture):
             outer.adopt_no_more()
 
 
-class _Block:
-    """The outermost block of a thread."""
+class _Scope:
+    """The outermost scope of a thread: hooks, recorder and mode, in this order."""
 
     def __init__(self, report: Report, adopted: Iterable[Tensor], seed: int | None) -> None:
-        self._capture = Capture(report, seed)
-        self._capture.adopt_all(adopted)
-        self._hooks = hooks.hooked()
-        self._hooks.__enter__()
-        self._before = recording.set_recorder(self._capture)
-        self._capture.__enter__()  # type: ignore[no-untyped-call]
-
-    def end(self) -> None:
-        try:
-            try:
-                try:
-                    self._capture.close()
-                finally:
-                    self._capture.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            finally:
-                recording.set_recorder(self._before)
-        finally:
-            self._hooks.__exit__(None, None, None)
+        capture = Capture(report, seed)
+        capture.adopt_all(adopted)
+        with ExitStack() as undo:
+            undo.enter_context(hooked())
+            undo.callback(set_recorder, set_recorder(capture))
+            undo.enter_context(capture)
+            undo.callback(capture.close)
+            self.end = undo.pop_all().close  # even if writing fails, the rest is undone
 
 
 def _why_not() -> str:
     """Why nothing can be captured here; "" if it can."""
-    if recording.this_thread.recorder is not None:
+    if this_thread.recorder is not None:
         return "a Plan is being recorded"
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return "the code is being traced"
@@ -143,8 +132,10 @@ def adopting(
     seed: int | None = None,
     prefix: str = "",
 ) -> fused:
-    """A block in which fills of these tensors may wait as well, though they are older; whoever
-    holds them sees to it that they live as long. Its report is about the model."""
-    block = fused(seed=seed, prefix=prefix)
-    block._adopted, block._model = tensors, model
-    return block
+    """Return a scope in which fills of these tensors may wait as well, though they are older.
+
+    The caller holds them while it lasts. Its report is about the model.
+    """
+    scope = fused(seed=seed, prefix=prefix)
+    scope._adopted, scope._model = tensors, model
+    return scope

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""fastinit in place of torch.nn.init, for the whole process."""
+"""fastinit's functions in place of torch.nn.init's: for the whole process, or while a scope lasts.
+
+What stands there are copies of fastinit's functions that say they are torch's own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType, ModuleType
+from typing import Any
 
-from fastinit.capture import hooks
+from fastinit import init
 
 
 def install() -> None:
@@ -18,7 +27,11 @@ def install() -> None:
     and partial objects keep torch's functions, which give the same numbers (`trunc_normal_` is fast
     for them, too). May be called several times; `uninstall` then as often.
     """
-    hooks.install()
+    global _installed
+    with _lock:
+        _installed += 1
+        if _installed == 1:
+            _replace(list(sys.modules.values()), _OURS)
 
 
 def uninstall() -> None:
@@ -27,7 +40,15 @@ def uninstall() -> None:
     Raises:
         RuntimeError: not installed.
     """
-    hooks.uninstall()
+    global _installed
+    with _lock:
+        if _installed == 0:
+            raise RuntimeError("fastinit is not installed")
+        _installed -= 1
+        if _installed == 0:
+            _replace(list(sys.modules.values()), _THEIRS)
+            if _scopes > 0:
+                _put_into_torch()
 
 
 @contextmanager
@@ -38,3 +59,104 @@ def installed() -> Iterator[None]:
         yield
     finally:
         uninstall()
+
+
+@contextmanager
+def standing_in(begin: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
+    """Let torch's own modules call fastinit's functions, in all threads, while any scope lasts.
+
+    The first scope of the process calls `begin`, the last one calls `end`.
+    """
+    global _scopes, _modules_before
+    with _lock:
+        if _scopes == 0:
+            _modules_before = len(sys.modules)
+            _put_into_torch()
+            begin()
+        _scopes += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _scopes -= 1
+            if _scopes == 0:
+                end()
+                if _installed == 0:
+                    _take_out_of_torch()
+
+
+# ---- the functions -------------------------------------------------------------------------------
+
+
+def _stand_in(function: Any) -> Any:
+    """Return a copy of a function that says it is of torch.nn.init: function modes go by that."""
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__,
+        function.__closure__,
+    )  # fmt: skip
+    functools.update_wrapper(copy, function)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    del copy.__wrapped__  # type: ignore[attr-defined]
+    copy.__module__ = "torch.nn.init"
+    return copy
+
+
+_ORIGINALS = {name: getattr(init._torch, name) for name in init.__all__}
+_ORIGINALS["_no_grad_trunc_normal_"] = init._torch_trunc_normal  # looked up by torch at each call
+_STAND_INS = {name: _stand_in(getattr(init, name)) for name in _ORIGINALS}
+# What takes the place of a function, by the id of that function.
+_OURS = {id(_ORIGINALS[name]): _STAND_INS[name] for name in _ORIGINALS}
+_THEIRS = {id(_STAND_INS[name]): _ORIGINALS[name] for name in _ORIGINALS}
+# Where torch itself has them: module, name, its function, ours.
+_PLACES: list[tuple[ModuleType, str, Any, Any]] = [
+    (module, name, value, _OURS[id(value)])
+    for path, module in list(sys.modules.items())
+    if path == "torch.nn.init" or path.startswith("torch.nn.modules.")
+    for name, value in vars(module).items()
+    if id(value) in _OURS
+]
+
+
+def _replace(modules: Iterable[object], by: dict[int, Any]) -> None:
+    """Replace functions that are names of modules, or values of their dictionaries."""
+    for module in modules:
+        path = vars(module).get("__name__") if isinstance(module, ModuleType) else None
+        if not isinstance(path, str) or path.partition(".")[0] == "fastinit":
+            continue
+        for name, value in list(vars(module).items()):
+            if id(value) in by:
+                setattr(module, name, by[id(value)])
+            elif type(value) is dict and not name.startswith("__"):
+                for key, item in list(value.items()):
+                    if id(item) in by:
+                        value[key] = by[id(item)]
+
+
+# ---- what the process has, all of it read and written under the lock -----------------------------
+
+_lock = threading.RLock()
+_installed = 0  # calls of `install` that `uninstall` has not undone
+_scopes = 0  # of `standing_in` that last
+_modules_before = 0  # modules that were loaded when the first of these began
+
+
+def _renew_lock() -> None:  # in a forked child, where nobody is left to release it
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+def _put_into_torch() -> None:
+    for module, name, theirs, ours in _PLACES:
+        if vars(module).get(name) is theirs:
+            setattr(module, name, ours)
+
+
+def _take_out_of_torch() -> None:
+    for module, name, theirs, ours in _PLACES:
+        if vars(module).get(name) is ours:
+            setattr(module, name, theirs)
+    if len(sys.modules) > _modules_before:  # these have imported ours
+        _replace(list(sys.modules.values())[_modules_before:], _THEIRS)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fastinit import execute, init, probe
 from fastinit import model as model_
-from fastinit.capture import hooks, names
+from fastinit.capture import names
 from fastinit.capture.capture import Capture
+from fastinit.capture.hooks import hooked
 from fastinit.capture.names import named_tensors
 from fastinit.capture.operators import (
     EMPTY,
@@ -30,6 +31,7 @@ from fastinit.core import geometry, laws, recording, shard, source
 from fastinit.core.fill import Fill, Room
 from fastinit.core.key import Key, derived
 from fastinit.core.mode import Mode
+from fastinit.core.recording import Recorder
 from fastinit.core.work import Work
 from fastinit.cpu import fills as cpu_fills
 from fastinit.model import Fn
@@ -44,7 +46,7 @@ _MOVED = (
 _OF_MATRICES = ("orthogonal", "diagonal", "sparse_mask", "sparse")
 
 
-class Plan:
+class Plan(Recorder):
     """Fills that are recorded first and run together, in the order they were recorded.
 
     Has a method for every function of torch.nn.init that fills a tensor, with its signature:
@@ -65,9 +67,6 @@ class Plan:
     all of them are on one GPU it looks at their memory only). Such a plan is one kernel launch.
     """
 
-    modes = 0
-    seed: int | None = None
-
     def __init__(self) -> None:
         self._steps: list[list[Fill] | Callable[[], object]] = []  # one for each call
         self._places: list[tuple[Tensor, tuple[object, ...]]] = []  # of what must not move
@@ -75,9 +74,6 @@ class Plan:
         self._packed: cpu_fills.Batch | None = None  # on the CPU
         self._on_gpu = False
         self._names: list[tuple[str, Tensor]] = []  # for keys
-
-    def takes(self, t: Tensor) -> bool:
-        return True
 
     def add(self, fills: list[Fill]) -> None:
         for fill in fills:
@@ -94,7 +90,9 @@ class Plan:
         self._steps.append(function)
         self._prepared = self._packed = None
 
-    def fill_keyed(self, function: str, tensor: Tensor, args: Any, key: Any, block: Any) -> None:
+    def fill_keyed(
+        self, function: str, tensor: Tensor, args: Any, key: Key | None, block: Any
+    ) -> None:
         self.call(functools.partial(_fill_keyed, tensor, function, args, key, *block), tensor)
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
@@ -188,7 +186,8 @@ class Plan:
         run.flush()
 
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
-        if name not in hooks.FUNCTIONS and name != "orthogonal_batched_":
+        filling = name in init.__all__ and name.endswith("_")
+        if not filling and name != "orthogonal_batched_":
             raise AttributeError(f"'Plan' object has no attribute {name!r}")
         function = getattr(init, name)
 
@@ -230,7 +229,7 @@ def record(model: nn.Module, fn: Fn | None = None) -> Plan:
     generator = source.current(torch.default_generator)
     recording.set_recorder(walk := _Walk(made, tensors))
     try:
-        with hooks.hooked(), walk:
+        with hooked(), walk:
             model_.apply(model, fn)
     finally:
         recording.set_recorder(None)
@@ -321,7 +320,7 @@ class _Keyed:
 # ---- record --------------------------------------------------------------------------------------
 
 
-class _Walk(Mode):
+class _Walk(Mode, Recorder):
     """Puts what is done to some tensors into a Plan instead of doing it.
 
     Tensors are written by the plan (the model's, and temporaries filled from a generator) or its
@@ -329,17 +328,12 @@ class _Walk(Mode):
     """
 
     modes = 1
-    seed: int | None = None
-    submitting = False
 
     def __init__(self, into: Plan, tensors: Iterable[Tensor]) -> None:
         super().__init__()
         self._plan = into
         self._written = {geometry.storage_id(t) for t in tensors if _is_simple(t)}
         self._constants: set[int] = set()
-
-    def takes(self, t: Tensor) -> bool:
-        return True
 
     def add(self, fills: list[Fill]) -> None:
         self._written.update(geometry.storage_id(f.tensor) for f in fills)
@@ -353,7 +347,9 @@ class _Walk(Mode):
         self._written.add(geometry.storage_id(tensor))
         self._plan.call(function, tensor)
 
-    def fill_keyed(self, function: str, tensor: Tensor, args: Any, key: Any, block: Any) -> None:
+    def fill_keyed(
+        self, function: str, tensor: Tensor, args: Any, key: Key | None, block: Any
+    ) -> None:
         self._written.add(geometry.storage_id(tensor))
         self._plan.fill_keyed(function, tensor, args, key, block)
 
@@ -363,11 +359,8 @@ class _Walk(Mode):
 
     expose = read
 
-    def before(self, other: object) -> None:
-        """A thread starts. What it does is not seen."""
-
-    def settle(self, how: str) -> None:
-        self._refuse(how)
+    def settle(self, reader: object = None) -> None:
+        self._refuse(reader)
 
     @staticmethod
     def _refuse(what: object) -> NoReturn:

@@ -19,7 +19,7 @@ from threading import Thread
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastinit import execute, probe
 from fastinit.capture import operators
@@ -32,13 +32,14 @@ from fastinit.core import fill as fill_
 from fastinit.core.fill import Fill
 from fastinit.core.key import Key
 from fastinit.core.mode import Mode
+from fastinit.core.recording import Recorder
 
 _MOST_PARTS = 1024  # pending keyed fills of one storage
 _MOST_STATES = 2048  # pending random fills, each with 5 KB of generator state
 _MOST_LAYERS = 64  # pending fills of one storage
 
 
-class Capture(Mode):
+class Capture(Mode, Recorder):
     """Records the fills of one thread; see the module."""
 
     modes = 1
@@ -50,7 +51,6 @@ class Capture(Mode):
         self._copies: dict[int, tuple[weakref.ref[Any], Any, Any]] = {}  # by views of DTensors
         self._keys = Keys(report, seed)
         self.watch: Callable[[Tensor], None] | None = None  # told what is filled without operators
-        self.submitting = False  # to a pool, which may start threads for that
         self._known: dict[int, Memory] = {}
         # Others that may wait, too. Held until they are filled, so that none gets another's key.
         self._adoptable: dict[int, torch.UntypedStorage] = {}
@@ -582,6 +582,9 @@ class Capture(Mode):
             self.report.close(memories, self._ours)
 
     # ---- what hooks.py and the functions of fastinit report ------------------------------------
+
+    def hold(self, module: nn.Module, name: str, value: object) -> None:
+        self.report.hold(module, name, value)
 
     def read(self, t: Tensor, how: str) -> None:
         """Somebody is about to read a tensor without an operator."""

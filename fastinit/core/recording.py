@@ -1,35 +1,68 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Who records the fills of this thread instead of running them."""
+"""What records the fills of this thread instead of running them."""
 
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastinit.core.fill import Fill
+from fastinit.core.key import Key
 
-# ---- what the kernels can take -------------------------------------------------------------------
 
+class Recorder:
+    """Takes the fills of one thread, which would otherwise run at once.
 
-class Recorder(Protocol):
-    """Takes what would otherwise be run at once."""
+    The functions of fastinit call `takes` and then `add`, `call` or `fill_keyed`; capture/hooks.py
+    calls the others, which do nothing by default.
+    """
 
-    modes: int  # how many dispatch modes it has put on torch's stack
-    seed: int | None  # of the keyed stream, if that takes the place of torch's default generators
+    modes = 0  # dispatch modes that it has put on torch's stack
+    seed: int | None = None  # of the keyed stream, which then takes the place of torch's generators
+    submitting = False  # a task is given to a pool, which may start threads of its own for it
 
-    def takes(self, t: Tensor) -> bool: ...  # whether fills of such a tensor are worth a record
-    def add(self, fills: list[Fill]) -> None: ...
-    # `overwrites`: all of the tensor
-    def call(self, function: partial[Any], tensor: Tensor, overwrites: bool) -> None: ...
-    # A function of torch.nn.init with the numbers of a Key; None: of the recorder's seed.
+    # ---- fills -------------------------------------------------------------------------------
+
+    def takes(self, t: Tensor) -> bool:
+        """Return whether a fill of this tensor is worth a record."""
+        return True
+
+    def add(self, fills: list[Fill]) -> None:
+        """Record the fills of one call."""
+        raise NotImplementedError
+
+    def call(self, function: partial[Any], tensor: Tensor, overwrites: bool) -> None:
+        """Record a call that fastinit leaves to torch; `overwrites`: all of the tensor."""
+        raise NotImplementedError
+
     def fill_keyed(
-        self, function: str, tensor: Tensor, args: Any, key: Any, block: Any
-    ) -> None: ...
+        self, function: str, tensor: Tensor, args: Any, key: Key | None, block: Any
+    ) -> None:
+        """Record a function of torch.nn.init with the numbers of a Key, or of the seed if None."""
+        raise NotImplementedError
+
+    # ---- what a hook has seen ----------------------------------------------------------------
+
+    def read(self, t: Tensor, how: str) -> None:
+        """Somebody is about to read a tensor without an operator."""
+
+    def expose(self, t: Tensor, how: str) -> None:
+        """Somebody gets to know the address of a tensor, to read or write there at any time."""
+
+    def settle(self, reader: object = None) -> None:
+        """Somebody is about to read any tensor."""
+
+    def before(self, other: threading.Thread | Future[Any] | None) -> None:
+        """Another thread is about to run what this one gives it (None: a task with no future)."""
+
+    def hold(self, module: nn.Module, name: str, value: object) -> None:
+        """A module is about to get a parameter, a buffer or a child."""
 
 
 class _Local(threading.local):

@@ -29,7 +29,7 @@ from tests.support.compare import assert_equal_seen
 from tests.support.models import ZOO, model_state
 
 NAMES = init.__all__
-_state = sys.modules["fastinit.capture.hooks"]
+_state = sys.modules["fastinit.install"]
 # Not a dictionary: install would find it.
 ORIGINAL = types.MappingProxyType({name: getattr(init._torch, name) for name in NAMES})
 imported = {"laws": kaiming_normal_, "other": 3}  # what users write at module level
