@@ -57,6 +57,12 @@ def unchanged_process() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> None:
+    """Threads wait for each other for long on a busy machine; one will do for small tensors."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors too are filled by fastinit's own kernels."""
     monkeypatch.setattr(fastinit.core.geometry, "MIN_NATIVE", 0)

@@ -14,7 +14,7 @@ import torch.nn.init as torch_init
 
 import fastinit
 from tests.support.compare import BF16, F16, F32, F64, Position, assert_same, attempt
-from tests.support.layouts import LAYOUTS, apart
+from tests.support.layouts import LAYOUTS, apart, box
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -23,10 +23,6 @@ NAN, INF = math.nan, math.inf
 
 def flat() -> torch.Tensor:
     return apart(100, F32)
-
-
-def box(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
-    return torch.full(shape, 13.0, dtype=dtype)
 
 
 LAWS = ("uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_")

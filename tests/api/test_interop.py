@@ -12,9 +12,9 @@ import torch
 import torch.nn.init as torch_init
 
 import fastinit
-from tests.support.calls import CALLS, box, each_call
+from tests.support.calls import CALLS, each_call
 from tests.support.compare import BF16, F32, Position, assert_same, attempt, bits, version
-from tests.support.layouts import LAYOUTS, apart
+from tests.support.layouts import LAYOUTS, apart, box
 
 pytestmark = pytest.mark.usefixtures("native")
 

@@ -10,12 +10,9 @@ import pytest
 import torch
 
 from tests.support.compare import DTYPES, F16, F32, F64, Position, assert_same
+from tests.support.layouts import box
 
 pytestmark = pytest.mark.usefixtures("native")
-
-
-def box(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
-    return torch.full(shape, 13.0, dtype=dtype)
 
 
 FAN_SHAPES = [(3, 5), (1, 1), (64, 33), (8, 3, 3, 3), (4, 2, 5), (2, 3, 2, 2, 3), (300, 200)]

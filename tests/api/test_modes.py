@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import fastinit
-from tests.support.calls import CALLS, box, each_call
+from tests.support.calls import CALLS, each_call
 from tests.support.compare import assert_same, attempt, bits
+from tests.support.layouts import box
 
 pytestmark = pytest.mark.usefixtures("native")
 

@@ -15,7 +15,8 @@ import torch.nn.init as torch_init
 
 import fastinit
 from tests.support.compare import BF16, F16, F32, F64, Position, attempt
-from tests.support.plans import ARGS, FILLS, Step, box, compare, shape_for
+from tests.support.layouts import box
+from tests.support.plans import ARGS, FILLS, Step, compare, shape_for
 
 
 @pytest.mark.parametrize("name", FILLS)

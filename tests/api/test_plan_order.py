@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.support.compare import DTYPES, Position
-from tests.support.plans import ARGS, Step, box, compare
+from tests.support.layouts import box
+from tests.support.plans import ARGS, Step, compare
 
 pytestmark = pytest.mark.usefixtures("native")
 

@@ -259,8 +259,7 @@ def test_everything_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["uniform_", "kaiming_uniform_ imported before", "in place after", "no_grad", "padding"],
+    "name", ["uniform_", "kaiming_uniform_ imported before", "in place after", "no_grad", "padding"]
 )
 def test_versions(name: str) -> None:
     """Recording leaves them; each run moves them as torch does."""

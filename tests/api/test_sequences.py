@@ -81,9 +81,7 @@ def make_tensors(r: random.Random) -> list[torch.Tensor]:
 
 
 def execute(
-    number: int,
-    functions: Any,
-    wrap: Callable[[Callable[[], None]], None] = lambda body: body(),
+    number: int, functions: Any, wrap: Callable[[Callable[[], None]], None] = lambda body: body()
 ) -> list[torch.Tensor]:
     """Run program `number`; all bits and generator states it leaves, in order."""
     r = random.Random(number)

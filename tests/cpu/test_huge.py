@@ -72,10 +72,7 @@ def words_of(generator: torch.Generator) -> torch.Tensor:
 def torch_state_as_numpy(generator: torch.Generator) -> dict:
     """Just seeded: all 624 words are used up."""
     words = generator.get_state()[24 : 24 + 8 * 624].view(torch.int64).numpy()
-    return {
-        "bit_generator": "MT19937",
-        "state": {"key": words.astype(np.uint32), "pos": 624},
-    }
+    return {"bit_generator": "MT19937", "state": {"key": words.astype(np.uint32), "pos": 624}}
 
 
 def at(state: dict) -> torch.Generator:

@@ -83,7 +83,7 @@ LISTS = {
     "8.0;9.0+PTX": "sm_80 sm_90 compute_90",
     "9.0a 10.0": "sm_90a sm_100",
     "Hopper,8.6": "sm_90 sm_86",
-    **{wrong: "TORCH_CUDA_ARCH_LIST names" for wrong in ("9", "sm_90", "nine", "3.5", "9.0+PTXX")},
+    **dict.fromkeys(("9", "sm_90", "nine", "3.5", "9.0+PTXX"), "TORCH_CUDA_ARCH_LIST names"),
 }
 
 

@@ -40,7 +40,7 @@ from tests.support import cuda_model
 from tests.support.compare import BF16, DTYPES, F16, F32, F64
 from tests.support.cuda_host import Generator, Simulation, simulated
 from tests.support.cuda_model import H200, SMALL, State
-from tests.support.plans import box
+from tests.support.layouts import box
 
 Call = tuple[str, torch.Tensor, tuple[Any, ...]]
 

@@ -42,7 +42,7 @@ def test_table_and_json(tmp_path: Path) -> None:
     for turn in range(2):
         file = tmp_path / f"{turn}.json"
         text = run(
-            *("--epochs", "1", "--initializers", "zeros,kaiming_normal", "--json", str(file)),
+            *("--epochs", "1", "--initializers", "zeros,kaiming_normal", "--json", str(file))
         )
         assert text.count("Epoch") == 2
         assert "zeros\n" in text

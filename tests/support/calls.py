@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("uniform_", (-1.0, 0.5)),
@@ -25,7 +24,3 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("sparse_", (0.25,)),
 ]
 each_call = pytest.mark.parametrize(("name", "args"), CALLS, ids=lambda v: str(v))
-
-
-def box(*shape: int) -> torch.Tensor:
-    return torch.full(shape, 13.0)

@@ -8,6 +8,10 @@ from collections.abc import Callable
 import torch
 
 
+def box(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full(shape, 13.0, dtype=dtype)
+
+
 def apart(numel: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((numel,), 13.0, dtype=dtype)
 

@@ -10,15 +10,11 @@ import torch
 import torch.nn.init as torch_init
 
 import fastinit
-from tests.support.compare import F32, Position, storage_bits
+from tests.support.compare import Position, storage_bits
 
 Step = tuple[str, int, tuple[Any, ...], dict[str, Any]]  # function, which tensor, arguments
 
 FILLS = [n for n in torch_init.__all__ if n.endswith("_")]
-
-
-def box(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
-    return torch.full(shape, 13.0, dtype=dtype)
 
 
 def compare(
