@@ -86,6 +86,7 @@ def test_no_generators(generator: Any) -> None:
     assert_equal_seen(seen[0], seen[1], str(generator))
 
 
+@pytest.mark.parametrize("gain", [np.sqrt(2), np.float32(0.7), True, torch.tensor(1.5)], ids=repr)
 @pytest.mark.parametrize("name", ["orthogonal_", "orthogonal_batched_"])
 def test_gains_of_other_types_for_16_bits(name: str, gain: Any) -> None:
     """np.sqrt(2) is what many give as a gain. A tensor may be multiplied with at the end."""

@@ -17,6 +17,7 @@ from scipy import stats
 
 import fastinit
 from fastinit.cpu import qr as cpu_qr
+from tests.support.marks import slow, slow_but
 from tests.support.qr_model import drawn
 
 LEAST = 1e-5  # a probability that some of a hundred checks may well have
@@ -191,8 +192,11 @@ def unlikely(q: Sample, *checks: Callable[[Sample], Iterator[tuple[str, float]]]
 # ---- tests ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+USUAL = [(2, 2), (3, 3), (5, 5), (7, 3)]
+
+
+@pytest.mark.parametrize("shape", slow_but(SHAPES, *USUAL), ids=str)
+@pytest.mark.parametrize("dtype", [F32, *slow([F64])], ids=str)
 @pytest.mark.parametrize("way", [direct, factored])
 def test_uniform(way: Way, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     q = way(shape, 12000 if max(shape) < 20 else 2500, dtype)
@@ -204,6 +208,7 @@ def test_uniform(way: Way, dtype: torch.dtype, shape: tuple[int, int]) -> None:
         assert unlikely(q[:6000], spectrum) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [direct, factored])
 def test_in_float(way: Way) -> None:
     """Where float32 is no longer computed in double."""
@@ -218,6 +223,7 @@ def test_16_bits(way: Way, dtype: torch.dtype) -> None:
     assert unlikely(way((5, 5), 4000, dtype), entries) == []
 
 
+@pytest.mark.slow
 def test_scipy_passes() -> None:
     for n in (2, 3, 5):
         q = np.asarray(stats.ortho_group.rvs(n, size=6000, random_state=2))
@@ -225,8 +231,8 @@ def test_scipy_passes() -> None:
     assert unlikely(stewart((5, 5), 6000, True), entries, rotated, spectrum) == []
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 3), (5, 5), (7, 3), (1, 6)], ids=str)
-@pytest.mark.parametrize("way", [factored_unsigned, direct_unsigned])
+@pytest.mark.parametrize("shape", [(3, 3), *slow([(1, 1), (2, 2), (5, 5), (7, 3), (1, 6)])])
+@pytest.mark.parametrize("way", [direct_unsigned, *slow([factored_unsigned])])
 def test_without_signs_it_fails(way: Way, shape: tuple[int, int]) -> None:
     q = way(shape, 6000, F64)
     assert unlikely(q, entries)
@@ -236,6 +242,7 @@ def test_without_signs_it_fails(way: Way, shape: tuple[int, int]) -> None:
         assert unlikely(q, spectrum)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_other_mistakes_fail(n: int) -> None:
     """Rotations only; columns in an order; a positive first row; one reflector too few."""

@@ -20,6 +20,7 @@ import fastinit
 from fastinit.core import kernels
 from fastinit.cpu import qr as cpu_qr
 from tests.support.compare import BF16, F32, bits
+from tests.support.marks import slow
 from tests.support.qr_model import drawn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,8 +57,8 @@ def missing_of(error: BaseException) -> dict[tuple[int, int], int]:
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timers")
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("kind", ["many small", "a few shared", "batches"])
+@pytest.mark.parametrize("threads", [2, *slow([1])])
+@pytest.mark.parametrize("kind", ["a few shared", "batches", *slow(["many small"])])
 def test_interrupted(kind: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert threading.current_thread() is threading.main_thread()
     torch.set_num_threads(threads)

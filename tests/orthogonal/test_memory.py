@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.marks import slow
+
 PEAK = """
     import resource, torch, fastinit
     def peak():
@@ -24,7 +26,7 @@ PEAK = """
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *slow(["float32"])])
 def test_memory(dtype: str, python: Callable[..., Any]) -> None:
     """Twice the matrix that is worked on and 32 MB."""
     done = python(PEAK.replace("DTYPE", repr(dtype)))
@@ -62,6 +64,7 @@ MANY = """
 """
 
 
+@pytest.mark.slow
 def test_normals_elsewhere_are_bounded(python: Callable[..., Any]) -> None:
     """Of 80 MB."""
     done = python(MANY)
@@ -94,6 +97,7 @@ LITTLE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="not Linux")
 def test_no_memory_is_an_error(python: Callable[..., Any]) -> None:
     done = python(LITTLE)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fastinit
 from fastinit.cpu import qr as cpu_qr
 from tests.support.compare import BF16, F16, F32, F64, bits
+from tests.support.marks import slow
 from tests.support.orthogonal import assert_close, each_dtype
 from tests.support.qr_model import drawn, exact
 
@@ -65,17 +66,18 @@ def result(buffers: list[Tensor], generators: list[torch.Generator]) -> list[Ten
     return [*(b.clone() for b in buffers), *(g.get_state() for g in generators)]
 
 
+@pytest.mark.parametrize("seeds", [range(10), *slow([range(10, 60)])], ids=str)
 @pytest.mark.parametrize("scratch", [None, 2000], ids=["", "little scratch"])
 @pytest.mark.parametrize("smallest", [None, 0], ids=["", "native"])
 def test_together_as_one_by_one(
-    smallest: int | None, scratch: int | None, monkeypatch: pytest.MonkeyPatch
+    smallest: int | None, scratch: int | None, seeds: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice, so that the second run draws on."""
     if smallest is not None:
         monkeypatch.setattr(fastinit.core.geometry, "MIN_NATIVE", smallest)
     if scratch is not None:
         monkeypatch.setattr(cpu_qr, "SCRATCH", scratch)
-    for seed in range(60):
+    for seed in seeds:
         found = []
         for way in ("one by one", "plan", "fused", "plan in a block"):
             steps, buffers, generators = steps_of(seed)

@@ -18,14 +18,16 @@ import fastinit
 from fastinit.core import fill as fill_
 from fastinit.cpu import qr as cpu_qr
 from tests.support.compare import BF16, DTYPES, F32, F64, bits
+from tests.support.marks import slow
 from tests.support.qr_model import drawn
 
-DIVIDED = [(33, 20), (130, 70), (70, 130), (300, 260), (600, 530), (1030, 1025), (9000, 120)]
+DIVIDED = [(33, 20), (130, 70), (70, 130), (300, 260)]
+LARGE = [(600, 530), (1030, 1025), (9000, 120)]
 
 
-def digest(dtype: torch.dtype, direct: bool) -> list[str]:
+def digest(shapes: list[tuple[int, int]], dtype: torch.dtype, direct: bool) -> list[str]:
     made = []
-    for rows, columns in DIVIDED:
+    for rows, columns in shapes:
         torch.manual_seed(11)
         count = 1 if rows * columns > 1 << 18 else 3
         t = torch.empty(count, rows, columns, dtype=dtype)
@@ -40,11 +42,12 @@ def digest(dtype: torch.dtype, direct: bool) -> list[str]:
 
 @pytest.mark.parametrize("direct", [False, True], ids=["factored", "direct"])
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
-def test_threads(dtype: torch.dtype, direct: bool) -> None:
+@pytest.mark.parametrize("shapes", [DIVIDED, *slow([LARGE])], ids=["small", "large"])
+def test_threads(dtype: torch.dtype, direct: bool, shapes: list[tuple[int, int]]) -> None:
     found = {}
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        found[threads] = digest(dtype, direct)
+        found[threads] = digest(shapes, dtype, direct)
     assert found[1] == found[2] == found[3] == found[7]
 
 
@@ -72,6 +75,7 @@ MAKE = f"""
 """
 
 
+@pytest.mark.slow
 def test_targets(python: Callable[..., Any], tmp_path: Path) -> None:
     """avx2 and avx512 to the bit; scalar, which rounds products on their own, up to that."""
     found = {}

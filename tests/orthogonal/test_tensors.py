@@ -24,6 +24,7 @@ from tests.support.compare import (
     observe,
 )
 from tests.support.layouts import box
+from tests.support.marks import slow
 from tests.support.orthogonal import assert_close, check, each_dtype
 from tests.support.qr_model import drawn, exact
 
@@ -200,9 +201,10 @@ def test_batches_that_others_see(way: str) -> None:
         assert float(error) < {F64: 1e-13, F32: 1e-5}.get(dtype, 2.0**-8)
 
 
-@pytest.mark.parametrize(
-    "seen_by", ["functionalize", "vmap", "grad", "compile", "make_fx", "mode"], ids=str
-)
+TRANSFORMS = ["functionalize", "vmap", "grad", "make_fx", "mode", *slow(["compile"])]
+
+
+@pytest.mark.parametrize("seen_by", TRANSFORMS)
 def test_batches_under_transforms(seen_by: str) -> None:
     """Torch's operators do it where others have to see them; orthogonal where they have values."""
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -30,17 +30,8 @@ SMALL += [(4, 4), (3, 4), (2, 8), (15, 15), (16, 16), (17, 17), (16, 33), (31, 3
 SMALL += [(8, 3, 3), (4, 2, 3, 3), (7, 2, 1, 3, 2), (1, 2, 3), (3, 1, 1), (32, 1), (1, 700)]
 EDGES = [(63, 63), (64, 64), (65, 65), (64, 65), (65, 64), (500, 64), (65, 500), (127, 129)]
 EDGES += [(128, 128), (129, 127), (96, 97), (160, 40), (4095, 8), (17, 4097), (66, 4099)]
-LARGE: list[tuple[int, ...]] = [
-    (255, 257),
-    (512, 511),
-    (513, 700),
-    (20000, 1),
-    (20000, 17),
-    (17, 20000),
-    (256, 64, 3, 3),
-    (9000, 70),
-]
-HUGE = [(1024, 1024), (1025, 1030)]
+LARGE = [(255, 257), (512, 511), (513, 700), (20000, 1), (20000, 17), (17, 20000), (9000, 70)]
+LARGE += [(256, 64, 3, 3)]
 
 
 @pytest.mark.parametrize("way", ["default", "explicit"])
@@ -55,9 +46,8 @@ def test_small(dtype: torch.dtype, way: str) -> None:
 def test_edges(dtype: torch.dtype) -> None:
     """Where double becomes float, and chunks, stripes and pieces end."""
     for i, shape in enumerate(EDGES):
-        at = Position(words=i, cached=i % 2 == 0)
         way = ("default", "explicit")[i // 2 % 2]
-        check(of(shape), dtype, -1.5, at, way)
+        check(of(shape), dtype, -1.5, Position(words=i, cached=i % 2 == 0), way)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
@@ -75,14 +65,15 @@ def test_a_few_columns_are_torchs(shape: tuple[int, ...], dtype: torch.dtype) ->
     torch.testing.assert_close(q.mT @ q, torch.eye(q.shape[-1], dtype=dtype).expand(3, -1, -1))
 
 
+@pytest.mark.slow
 @each_dtype
 def test_large(dtype: torch.dtype) -> None:
     for i, shape in enumerate(LARGE):
-        at = Position(words=i, cached=i % 2 == 0)
-        check(of(shape), dtype, at=at)
+        check(of(shape), dtype, at=Position(words=i, cached=i % 2 == 0))
 
 
-@pytest.mark.parametrize(("shape", "dtype"), list(zip(HUGE, (F32, BF16))), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "dtype"), [((1024, 1024), F32), ((1025, 1030), BF16)], ids=str)
 def test_threads_share_one(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.set_num_threads(3)
     check(of(shape), dtype, 0.5)
@@ -125,9 +116,8 @@ def test_rounded_once(dtype: torch.dtype, gain: float) -> None:
         nearest = torch.from_numpy(nearest_of(truth.numpy(), dtype))
         assert float((found.double() != nearest).double().mean()) <= differing
         error = (found.double() - nearest).abs()
-        most = 2.01 * rounding(
-            truth.double(), dtype
-        )  # one unit; near 0 what float32 leaves may be more
+        # One unit; near 0 what float32 leaves may be more.
+        most = 2.01 * rounding(truth.double(), dtype)
         assert bool((error <= most + (min(shape) > FEW) * 1e-6).all())
 
 
