@@ -57,11 +57,11 @@ def test_nearer_to_the_exact_factor(row: tuple[tuple[int, int], int, float, floa
     assert math.exp(float(np.mean(maxima))) <= largest
 
 
-# float64 against torch's, whose matrices MKL factors: better on an Intel Xeon with AMX than on
-# AMD, while fastinit's bits are the same. Measured on that Xeon over 8 to 16 seeds, fastinit / torch: the
-# median column's error 0.72 to 0.93 at (30, 700) and 0.75 to 1.17 elsewhere, 0.80 to 0.96 as
-# geometric means; the defect 0.73 to 1.30 at (30, 700) and 0.74 to 1.17 elsewhere, 0.84 to 1.03 as
-# means; the defect of (300, 4000) and (4000, 300) 1.02 to 1.20, of large square ones 0.80.
+# float64 against torch's, whose matrices MKL factors: on an Intel Xeon with AMX better than on AMD,
+# while fastinit's bits are the same on both. Measured on that Xeon over 8 to 16 seeds, as fastinit
+# / torch: the median column's error 0.72 to 0.93 at (30, 700) and 0.75 to 1.17 elsewhere, 0.80 to
+# 0.96 as geometric means; the defect 0.73 to 1.30 at (30, 700) and 0.74 to 1.17 elsewhere, 0.84 to
+# 1.03 as means; the defect of (300, 4000) and (4000, 300) 1.02 to 1.20, of large square ones 0.80.
 SHAPES = [(40, 40), *slow([(30, 700), (128, 128), (300, 200), (700, 30)])]
 
 
