@@ -17,6 +17,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -113,7 +114,21 @@ def escape(path: object) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+class FreshBuild(build_py):
+    """Forgets the build before: the wheel would get modules that have moved since."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib) / "fastinit", ignore_errors=True)
+        super().run()
+
+
 class NinjaBuild(build_ext):
+    def run(self) -> None:
+        super().run()
+        names = {Path(self.get_ext_filename(ext.name)).name for ext in self.extensions}
+        for old in {Path(self.get_ext_filename("fastinit._cuda")).name} - names:
+            (ROOT / "fastinit" / old).unlink(missing_ok=True)  # of a build that had an nvcc
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
@@ -172,8 +187,9 @@ class NinjaBuild(build_ext):
             )
         # In this folder the package is found before the installed one, so it needs the module, too.
         beside = ROOT / "fastinit" / target.name
-        if beside != target:
-            shutil.copy2(target, beside)
+        if beside != target:  # replaced, not overwritten: a process may have it in memory
+            shutil.copy2(target, f"{beside}.new")
+            os.replace(f"{beside}.new", beside)
 
 
 def version_of(command: str) -> list[str]:
@@ -184,4 +200,4 @@ def version_of(command: str) -> list[str]:
 extensions = [Extension("fastinit._cpu", [f"csrc/cpu/{name}" for name in CPU_SOURCES])]
 if find_nvcc() is not None:
     extensions.append(Extension("fastinit._cuda", [f"csrc/cuda/{name}" for name in CUDA_SOURCES]))
-setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})
+setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild, "build_py": FreshBuild})

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The contract of the keyed stream between Python (fastinit/keyed.py packs it) and the kernels:
+// The contract of the keyed stream between Python (fastinit/cpu/keyed.py packs it) and the kernels:
 // what to write, where, and which elements of the whole parameter these are.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "plan.h"
 
@@ -16,6 +15,7 @@ constexpr int kMostDims = 5;
 struct KeyedDim {
   int64_t size, stride, step;
 };
+FI_LAYOUT(KeyedDim, FI_FIELD(size), FI_FIELD(stride), FI_FIELD(step));
 
 struct KeyedFill {
   uint64_t address;  // of the first element; owned by the caller, who keeps the tensor alive
@@ -36,7 +36,8 @@ struct KeyedFill {
   uint8_t rank;  // dimensions; at least one
   uint8_t unused[5];
 };
-static_assert(sizeof(KeyedFill) == 280 && std::is_trivially_copyable<KeyedFill>::value,
-              "fastinit/keyed.py packs 280 bytes");
+FI_LAYOUT(KeyedFill, FI_FIELD(address), FI_FIELD(key), FI_FIELD(index), FI_FIELD(items),
+          FI_FIELD(p), FI_FIELD(dim), FI_FIELD(diagonal), FI_FIELD(op), FI_FIELD(dtype),
+          FI_FIELD(rank), FI_UNUSED(unused));
 
 }  // namespace fastinit

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The contract between Python (fastinit/plan.py packs it) and the kernels: what to write, where,
-// and which random words belong to it. Every decision is taken before; a kernel only obeys.
+// The contract between Python (fastinit/cpu/fills.py packs it) and the kernels: what to write,
+// where, and which random words belong to it. Every decision is taken before; a kernel only obeys.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
+
+#include "layout.h"
 
 namespace fastinit {
 
@@ -13,14 +14,22 @@ enum class Dtype : uint8_t { f32, f64, bf16, f16 };
 // What one item is, and how many 32-bit words of its source it takes (f64 takes twice as many):
 enum class Op : uint8_t {
   constant,      // item = element, no words.     a = value
-  diagonal,      // item = element, no words.     eye_ and dirac_; `shape` is a Diagonal
+  diagonal,      // item = element, no words.     eye_ and dirac_; the union is a Diagonal
   uniform,       // item = element, 1 word.       a = from, b = to
   normal,        // item = element, 1 word.       a = mean, b = std; torch's groups of 16
   normal_pairs,  // item = element, 4 per pair.   a = mean, b = std; torch's scalar Box-Muller
   trunc_normal,  // item = element, 1 per round.  as normal, redrawn while outside [lo, hi]
-  sparse_mask,   // item = column, rows - 1.      zeroes part of each column; `shape` is a Sparse
+  sparse_mask,   // item = column, rows - 1.      zeroes part of each column; the union is a Sparse
   trunc_erfinv,  // item = element, 1 word.       CUDA only; trunc_normal_ before torch 2.12
 };
+
+// What Python calls them, which has the codes from here.
+constexpr Code kDtypes[] = {FI_CODE(Dtype, f32), FI_CODE(Dtype, f64), FI_CODE(Dtype, bf16),
+                            FI_CODE(Dtype, f16)};
+constexpr Code kOps[] = {FI_CODE(Op, constant),     FI_CODE(Op, diagonal),
+                         FI_CODE(Op, uniform),      FI_CODE(Op, normal),
+                         FI_CODE(Op, normal_pairs), FI_CODE(Op, trunc_normal),
+                         FI_CODE(Op, sparse_mask),  FI_CODE(Op, trunc_erfinv)};
 
 // How the running torch evaluates the float32 Box-Muller of its groups of 16, and whether its
 // compiler contracted multiply and add. Found by the probes in fastinit/probe.py.
@@ -35,16 +44,20 @@ struct Strided {
   int64_t size[4];
   int64_t stride[4];
 };
+FI_LAYOUT(Strided, FI_FIELD(size), FI_FIELD(stride));
 
 // Ones in an otherwise zero tensor of rows of `row_length` elements: row r has its one at column
 // (r mod group_rows) * channel + centre, if (r mod group_rows) < channels.
 struct Diagonal {
   int64_t row_length, group_rows, channels, channel, centre, unused[3];
 };
+FI_LAYOUT(Diagonal, FI_FIELD(row_length), FI_FIELD(group_rows), FI_FIELD(channels),
+          FI_FIELD(channel), FI_FIELD(centre), FI_UNUSED(unused));
 
 struct Sparse {
   int64_t rows, zeros, row_stride, unused[5];  // zeros per column; columns are adjacent in memory
 };
+FI_LAYOUT(Sparse, FI_FIELD(rows), FI_FIELD(zeros), FI_FIELD(row_stride), FI_UNUSED(unused));
 
 struct FillDesc {
   uint64_t address;     // of element 0; owned by the plan, which keeps the tensor alive
@@ -63,8 +76,9 @@ struct FillDesc {
     Sparse sparse;
   };
 };
-static_assert(sizeof(FillDesc) == 128 && std::is_trivially_copyable<FillDesc>::value,
-              "fastinit/plan.py packs 128 bytes");
+FI_LAYOUT(FillDesc, FI_FIELD(address), FI_FIELD(items), FI_FIELD(a), FI_FIELD(b), FI_FIELD(lo),
+          FI_FIELD(hi), FI_FIELD(first_word), FI_FIELD(source), FI_FIELD(op), FI_FIELD(dtype),
+          FI_FIELD(flavour), FI_FIELD(rank), FI_FIELD(strided));
 
 // The state of torch's CPU generator as Generator.get_state() lays it out (5,056 bytes).
 struct TorchState {

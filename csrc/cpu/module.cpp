@@ -144,6 +144,19 @@ std::vector<std::pair<std::string, bool>> list_targets() {
 PYBIND11_MODULE(_cpu, m) {
   using namespace fastinit;
   m.doc() = "Fills of CPU memory with torch's numbers. Addresses are the caller's responsibility.";
+  py::dict layouts, dtypes, ops;
+  layouts["fill"] = layout_of<FillDesc>();
+  layouts["strided"] = layout_of<Strided>();
+  layouts["diagonal"] = layout_of<Diagonal>();
+  layouts["sparse"] = layout_of<Sparse>();
+  layouts["keyed"] = layout_of<KeyedFill>();
+  layouts["keyed_dim"] = layout_of<KeyedDim>();
+  layouts["qr"] = layout_of<MatrixDesc>();
+  m.attr("LAYOUTS") = layouts;
+  for (const Code& c : kDtypes) dtypes[c.name] = c.code;
+  m.attr("DTYPES") = dtypes;
+  for (const Code& c : kOps) ops[c.name] = c.code;
+  m.attr("OPS") = ops;
   m.attr("FILL_SIZE") = sizeof(FillDesc);
   m.attr("MATRIX_SIZE") = sizeof(MatrixDesc);
   m.attr("KEYED_SIZE") = sizeof(KeyedFill);

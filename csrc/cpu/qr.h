@@ -5,7 +5,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <type_traits>
 
 #include "../plan.h"
 
@@ -14,7 +13,7 @@ namespace fastinit {
 struct Control;
 class Interrupt;
 
-// gain times the orthogonal factor of a Gaussian matrix. As fastinit/qr.py packs it.
+// gain times the orthogonal factor of a Gaussian matrix. As fastinit/cpu/qr.py packs it.
 struct MatrixDesc {
   uint64_t gaussian;   // rows * cols floats, doubles for f64; of direct ones see qr.inl.h
   uint64_t out;        // rows * cols elements; may be the same memory
@@ -23,10 +22,10 @@ struct MatrixDesc {
   double gain;
   Dtype dtype;     // of `out`
   uint8_t direct;  // the reflectors are given, not found by factoring
-  uint8_t pad[6];
+  uint8_t unused[6];
 };
-static_assert(sizeof(MatrixDesc) == 56 && std::is_trivially_copyable<MatrixDesc>::value,
-              "fastinit/qr.py packs 56 bytes");
+FI_LAYOUT(MatrixDesc, FI_FIELD(gaussian), FI_FIELD(out), FI_FIELD(rows), FI_FIELD(cols),
+          FI_FIELD(count), FI_FIELD(gain), FI_FIELD(dtype), FI_FIELD(direct), FI_UNUSED(unused));
 
 // The matrix, transposed if it is wide (m >= n), lies in stripes of 128 bytes of columns: a row of
 // a stripe is two cache lines, the next row follows it. Nothing is ever packed again for a product.

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The contract between Python (fastinit/cuda_keyed.py packs it) and the kernel of the keyed stream:
+// The contract between Python (fastinit/cuda/keyed.py packs it) and the kernel of the keyed stream:
 // one launch writes a list of fills. Every decision is taken before; the kernel only obeys.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "../keyed.h"
 
@@ -26,6 +25,8 @@ struct KeyedAxis {
   uint32_t size, magic;
   uint8_t shift, dim, unused[2];
 };
+FI_LAYOUT(KeyedAxis, FI_FIELD(size), FI_FIELD(magic), FI_FIELD(shift), FI_FIELD(dim),
+          FI_UNUSED(unused));
 
 struct KeyedTiles {
   KeyedFill fill;
@@ -39,14 +40,16 @@ struct KeyedTiles {
   KeyedAxis axis[kMostDims];
   uint32_t unused_end;
 };
-static_assert(sizeof(KeyedTiles) == 360 && std::is_trivially_copyable<KeyedTiles>::value,
-              "fastinit/cuda_keyed.py packs 360 bytes");
+FI_LAYOUT(KeyedTiles, FI_FIELD(fill), FI_FIELD(first_tile), FI_FIELD(tiles), FI_FIELD(units),
+          FI_FIELD(is_dense), FI_FIELD(is_row), FI_FIELD(axes), FI_UNUSED(unused), FI_FIELD(axis),
+          FI_UNUSED(unused_end));
 
 struct KeyedArguments {
   uint64_t table;  // address of the fills in device memory; 0: they are inlined
   uint32_t fills, tiles;
   KeyedTiles inlined[kMostKeyedInlined];
 };
+FI_LAYOUT(KeyedArguments, FI_FIELD(table), FI_FIELD(fills), FI_FIELD(tiles), FI_FIELD(inlined));
 static_assert(sizeof(KeyedArguments) <= 4096, "kernel arguments");
 
 }  // namespace cuda

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The contract between Python (fastinit/cuda.py packs it) and the kernel: one launch writes a list
-// of fills. Every decision is taken before; the kernel only obeys.
+// The contract between Python (fastinit/cuda/fills.py packs it) and the kernel: one launch writes a
+// list of fills. Every decision is taken before; the kernel only obeys.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "../plan.h"
 
@@ -21,12 +20,15 @@ struct Strided {
   uint32_t size[4];
   uint32_t stride[4];
 };
+FI_LAYOUT(Strided, FI_FIELD(size), FI_FIELD(stride));
 
 // As fastinit::Diagonal.
 struct Diagonal {
   uint64_t row_length;
   uint32_t group_rows, channels, channel, centre, unused[2];
 };
+FI_LAYOUT(Diagonal, FI_FIELD(row_length), FI_FIELD(group_rows), FI_FIELD(channels),
+          FI_FIELD(channel), FI_FIELD(centre), FI_UNUSED(unused));
 
 // A tensor, or a part of one that torch's 32-bit indexing makes it split.
 //
@@ -61,13 +63,16 @@ struct Fill {
     Diagonal diagonal;
   };
 };
-static_assert(sizeof(Fill) == 152 && std::is_trivially_copyable<Fill>::value,
-              "fastinit/cuda.py packs 152 bytes");
+FI_LAYOUT(Fill, FI_FIELD(address), FI_FIELD(items), FI_FIELD(block), FI_FIELD(mask), FI_FIELD(p),
+          FI_FIELD(round_blocks), FI_FIELD(first_tile), FI_FIELD(tiles), FI_FIELD(ranges),
+          FI_FIELD(threads), FI_FIELD(after), FI_FIELD(slot), FI_FIELD(slot_tiles), FI_FIELD(op),
+          FI_FIELD(dtype), FI_FIELD(rank), FI_FIELD(source), FI_BYTES(strided));
 
 struct Source {
   uint64_t seed;
   uint64_t block;  // the generator's offset / 4
 };
+FI_LAYOUT(Source, FI_FIELD(seed), FI_FIELD(block));
 
 // How far the rejections of one tensor have come. Zeroed before the launch.
 struct Slot {
@@ -77,7 +82,8 @@ struct Slot {
   uint32_t ready;
   uint32_t unused;
 };
-static_assert(sizeof(Slot) == 24, "fastinit/cuda.py reads 24 bytes");
+FI_LAYOUT(Slot, FI_FIELD(end), FI_FIELD(rounds), FI_FIELD(tiles_done), FI_FIELD(ready),
+          FI_UNUSED(unused));
 
 // Everything a launch gets. At most 4,096 bytes: what every driver takes.
 struct Arguments {
@@ -87,6 +93,8 @@ struct Arguments {
   Source sources[kMostSources];
   Fill inlined[kMostInlined];
 };
+FI_LAYOUT(Arguments, FI_FIELD(table), FI_FIELD(progress), FI_FIELD(fills), FI_FIELD(tiles),
+          FI_FIELD(sources), FI_FIELD(inlined));
 static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
 
 struct Progress {

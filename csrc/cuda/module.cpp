@@ -92,6 +92,27 @@ std::string why_no_driver() {
 PYBIND11_MODULE(_cuda, m) {
   using namespace fastinit::cuda;
   m.doc() = "Fills of GPU memory with torch's numbers. Addresses are the caller's responsibility.";
+  py::dict layouts, dtypes, ops, steps;
+  layouts["fill"] = fastinit::layout_of<Fill>();
+  layouts["strided"] = fastinit::layout_of<Strided>();
+  layouts["diagonal"] = fastinit::layout_of<Diagonal>();
+  layouts["source"] = fastinit::layout_of<Source>();
+  layouts["slot"] = fastinit::layout_of<Slot>();
+  layouts["fill_arguments"] = fastinit::layout_of<Arguments>();
+  layouts["keyed"] = fastinit::layout_of<fastinit::KeyedFill>();
+  layouts["keyed_dim"] = fastinit::layout_of<fastinit::KeyedDim>();
+  layouts["keyed_tiles"] = fastinit::layout_of<KeyedTiles>();
+  layouts["keyed_axis"] = fastinit::layout_of<KeyedAxis>();
+  layouts["keyed_arguments"] = fastinit::layout_of<KeyedArguments>();
+  layouts["qr_arguments"] = fastinit::layout_of<QrArguments>();
+  layouts["qr"] = fastinit::layout_of<QrJob>();
+  m.attr("LAYOUTS") = layouts;
+  for (const fastinit::Code& c : fastinit::kDtypes) dtypes[c.name] = c.code;
+  m.attr("DTYPES") = dtypes;
+  for (const fastinit::Code& c : fastinit::kOps) ops[c.name] = c.code;
+  m.attr("OPS") = ops;
+  for (const fastinit::Code& c : kQrSteps) steps[c.name] = c.code;
+  m.attr("STEPS") = steps;
   m.attr("FILL_SIZE") = sizeof(Fill);
   m.attr("SLOT_SIZE") = sizeof(Slot);
   m.attr("MOST_INLINED") = kMostInlined;

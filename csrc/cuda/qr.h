@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The contract between Python (fastinit/cuda_qr.py packs it) and the kernels that make orthonormal
+// The contract between Python (fastinit/cuda/qr.py packs it) and the kernels that make orthonormal
 // columns of Gaussian matrices. A is the matrix, transposed if it has more columns than rows: m x
 // n, m >= n, and lies column by column in working memory.
 //
@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "../plan.h"
 
@@ -27,12 +26,16 @@ struct QrJob {
   Dtype dtype;  // of the result
   uint8_t unused[7];
 };
-static_assert(sizeof(QrJob) == 40, "fastinit/cuda_qr.py packs 40 bytes");
+FI_LAYOUT(QrJob, FI_FIELD(from), FI_FIELD(to), FI_FIELD(gain), FI_FIELD(rows), FI_FIELD(cols),
+          FI_FIELD(dtype), FI_UNUSED(unused));
 
 // What one launch does. The first needs no working memory, the others are steps for matrices of one
 // shape: numbers to columns, reflectors of all columns (direct only), reflectors and T of a panel,
 // T from V'V, columns to results.
 enum class QrStep : uint32_t { small, pack, reflect, panel, triangle, write };
+constexpr Code kQrSteps[] = {FI_CODE(QrStep, small),    FI_CODE(QrStep, pack),
+                             FI_CODE(QrStep, reflect),  FI_CODE(QrStep, panel),
+                             FI_CODE(QrStep, triangle), FI_CODE(QrStep, write)};
 
 // Everything a launch gets.
 struct QrArguments {
@@ -51,9 +54,11 @@ struct QrArguments {
   uint32_t streams;    // panel: 1 if it does not fit into shared memory
   QrJob inlined[kMostQrJobs];
 };
-static_assert(sizeof(QrArguments) == 80 + 40 * kMostQrJobs && sizeof(QrArguments) <= 4096 &&
-                  std::is_trivially_copyable<QrArguments>::value,
-              "fastinit/cuda_qr.py packs 80 bytes before the jobs");
+FI_LAYOUT(QrArguments, FI_FIELD(table), FI_FIELD(columns), FI_FIELD(triangles), FI_FIELD(tau),
+          FI_FIELD(sign), FI_FIELD(jobs), FI_FIELD(m), FI_FIELD(n), FI_FIELD(pitch),
+          FI_FIELD(direct), FI_FIELD(is_double), FI_FIELD(first), FI_FIELD(width), FI_FIELD(above),
+          FI_FIELD(streams), FI_FIELD(inlined));
+static_assert(sizeof(QrArguments) <= 4096, "kernel arguments");
 
 // How a step is launched. A block of `panel` and `small` is one matrix (x); of `reflect` a column
 // for each warp (x) of a matrix (y); of `triangle` a block of columns (x) of a matrix (y); of

@@ -12,20 +12,13 @@ from torch import Tensor
 
 from fastinit.core import geometry, kernels
 
-# As enum Op of csrc/plan.h. `sparse` is normal with a mask, in one launch on a GPU; `orthogonal` is
-# normal and what becomes of it.
-OPS = (
-    *("constant", "diagonal", "uniform", "normal", "normal_pairs", "trunc_normal", "sparse_mask"),
-    *("trunc_erfinv", "sparse", "orthogonal"),
-)
-
 
 @dataclass(slots=True, eq=False)
 class Fill:
     """What is to be written into one tensor. Mutable only until it is proved."""
 
     tensor: Tensor
-    op: str
+    op: str  # one of kernels.OPS, sparse (normal with a mask), or orthogonal (normal, then a QR)
     a: float = 0.0  # value; from; mean
     b: float = 0.0  # to; std
     generator: torch.Generator | None = None  # None: no words are drawn

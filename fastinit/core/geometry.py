@@ -13,7 +13,12 @@ from fastinit.core import kernels
 MIN_NATIVE = 8192  # single calls on fewer elements go to torch, whose call costs less
 MIN_CUDA = 1 << 24  # the same on a GPU, where torch's call does not wait for its kernel
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = {  # what the kernels can write, and their code for it
+    torch.float32: kernels.DTYPES["f32"],
+    torch.float64: kernels.DTYPES["f64"],
+    torch.bfloat16: kernels.DTYPES["bf16"],
+    torch.float16: kernels.DTYPES["f16"],
+}
 
 
 # On a GPU: of elements, and of bytes from the first to the last. torch splits larger tensors.

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 
 try:
-    from fastinit import _cpu
+    from fastinit import _cpu as _cpu
 except ImportError as error:
     raise ImportError(
         "fastinit's compiled module is missing or does not load. Install the package with "
@@ -31,6 +33,32 @@ if torch.version.hip is not None:
     _cuda, why_no_cuda = None, "torch is a ROCm build"
 elif _cuda is not None and torch.version.cuda is None:
     why_no_cuda = "torch is a CPU build"
+
+
+def agree(module: ModuleType | None, name: str, mine: object, theirs: object) -> None:
+    """Refuse a module that was built from other sources: it would write wrong bytes."""
+    if module is not None and theirs != mine:
+        raise ImportError(
+            f"{module.__file__} was built from other sources than this copy of fastinit: {name} is "
+            f"{theirs}, not {mine}. Build it again: run `pip install .` in the source folder."
+        )
+
+
+def packer(module: ModuleType | None, name: str, fields: str) -> struct.Struct:
+    """Return what packs a descriptor, whose fields have to be those that the module knows.
+
+    `fields`: codes of the module `struct` and names, as in "Q address, 6d p, 7x unused".
+    """
+    agree(module, name, fields, getattr(module, "LAYOUTS", {}).get(name))
+    return struct.Struct("<" + "".join(field.split()[0] for field in fields.split(", ")))
+
+
+# The code of each dtype and operator in descriptors.
+DTYPES: dict[str, int] = getattr(_cpu, "DTYPES", {})
+OPS: dict[str, int] = getattr(_cpu, "OPS", {})
+for _module in (_cpu, _cuda):  # an old one may have none
+    agree(_module, "DTYPES", DTYPES or "known", getattr(_module, "DTYPES", None))
+    agree(_module, "OPS", OPS, getattr(_module, "OPS", None))
 
 
 native_fills = 0  # how many fills the compiled modules have done in this process

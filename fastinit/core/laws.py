@@ -34,7 +34,7 @@ _calculate_gain = _torch_init.calculate_gain
 class Law(NamedTuple):
     """What is written to a parameter, whatever part of it is written."""
 
-    op: str  # of plan.OPS
+    op: str  # of kernels.OPS, sparse or orthogonal
     p: tuple[float, ...]  # of csrc/keyed.h; orthogonal: gain
     shape: tuple[int, ...] = ()  # diagonal: as in a Fill; sparse: rows, columns, zeros
     items: int = 0  # of the whole, if `is_of_all`

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,8 +13,20 @@ from fastinit.core.fill import Fill, Room
 from fastinit.core.geometry import DTYPES
 from fastinit.cpu import qr as cpu_qr
 
-_OP_CODE = {op: code for code, op in enumerate(fill_.OPS)}
-_PACK = struct.Struct("<QQddddQiBBBB8q")  # FillDesc of csrc/plan.h
+_PACK = kernels.packer(
+    kernels._cpu,
+    "fill",
+    "Q address, Q items, d a, d b, d lo, d hi, Q first_word, i source, "
+    "B op, B dtype, B flavour, B rank, 8q strided",
+)
+# What the last field can be, as fill.shape has it.
+kernels.packer(kernels._cpu, "strided", "4q size, 4q stride")
+kernels.packer(
+    kernels._cpu,
+    "diagonal",
+    "q row_length, q group_rows, q channels, q channel, q centre, 24x unused",
+)
+kernels.packer(kernels._cpu, "sparse", "q rows, q zeros, q row_stride, 40x unused")
 
 
 def words_drawn(fill: Fill, cached: bool) -> int:
@@ -39,7 +50,7 @@ def _pack(fill: Fill, address: int, word: int, src: int, cached: bool) -> bytes:
     return _PACK.pack(
         address, fill.items, fill.a, fill.b, fill.lo,
         float(cached) if fill.op == "normal_pairs" else fill.hi,
-        word, src, _OP_CODE[fill.op], DTYPES[fill.tensor.dtype], fill.flavour, fill.rank,
+        word, src, kernels.OPS[fill.op], DTYPES[fill.tensor.dtype], fill.flavour, fill.rank,
         *fill.shape,
     )  # fmt: skip
 

@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from fastinit.core import fill as fill_
 from fastinit.core import geometry, kernels
 from fastinit.core.shard import MOST_DIMS
 from fastinit.core.work import Batch, Work
 from fastinit.cpu import qr as cpu_qr
 
-_PACK = struct.Struct(f"<4Q7d{3 * MOST_DIMS}q8q3B5x")  # KeyedFill of csrc/keyed.h
-_OP_CODE = {op: code for code, op in enumerate(fill_.OPS)}
+FIELDS = (
+    f"Q address, Q key, Q index, Q items, 7d p, {3 * MOST_DIMS}q dim, 8q diagonal, "
+    "B op, B dtype, B rank, 5x unused"
+)
+FIELDS_OF_DIM = "q size, q stride, q step"
+PACK = kernels.packer(kernels._cpu, "keyed", FIELDS)
+kernels.packer(kernels._cpu, "keyed_dim", FIELDS_OF_DIM)
 _NOTHING = (0,) * 8
 
 
@@ -60,14 +63,14 @@ def packed(work: Work) -> list[bytes]:
     base, size, dtype = geometry.address_of(t), t.element_size(), geometry.DTYPES[t.dtype]
     p = (*law.p, *_NOTHING[: 7 - len(law.p)])
     result = []
-    op = _OP_CODE["normal" if law.op == "sparse" else law.op]
+    op = kernels.OPS["normal" if law.op == "sparse" else law.op]
     of_whole = law.shape if law.op == "diagonal" else _NOTHING
     for slab in slabs:
         dims = [x for dim in slab.dims for x in dim]
         items = 1
         for n, _, _ in slab.dims:
             items *= n
-        result.append(_PACK.pack(
+        result.append(PACK.pack(
             base + slab.offset * size, key, slab.index, items, *p,
             *dims, *(0,) * (3 * MOST_DIMS - len(dims)), *of_whole,
             op, dtype, len(slab.dims),
@@ -77,8 +80,8 @@ def packed(work: Work) -> list[bytes]:
 
 def mask(work: Work) -> bytes:
     rows, columns, zeros = work.law.shape
-    return _PACK.pack(
+    return PACK.pack(
         geometry.address_of(work.tensor), work.key, 0, columns, *_NOTHING[:7],
         columns, 1, 1, *(0,) * (3 * MOST_DIMS - 3), rows, zeros, columns, *_NOTHING[:5],
-        _OP_CODE["sparse_mask"], geometry.DTYPES[work.tensor.dtype], 1,
+        kernels.OPS["sparse_mask"], geometry.DTYPES[work.tensor.dtype], 1,
     )  # fmt: skip

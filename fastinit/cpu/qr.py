@@ -6,7 +6,6 @@ csrc/cpu/qr.inl.h has the arithmetic, docs/design.md the two ways.
 
 from __future__ import annotations
 
-import struct
 import sys
 import time
 from collections import Counter
@@ -23,7 +22,11 @@ from fastinit.core.geometry import DTYPES
 from fastinit.core.progress import bar as new_bar
 
 SCRATCH = 1 << 28  # bytes of Gaussian matrices that are not made where the result goes
-_PACK = struct.Struct("<2Q3qd2B6x")  # MatrixDesc of csrc/cpu/qr.h
+_PACK = kernels.packer(
+    kernels._cpu,
+    "qr",
+    "Q gaussian, Q out, q rows, q cols, q count, d gain, B dtype, B direct, 6x unused",
+)
 _BATCH = 2e10  # operations per thread between looks at the clock: a quarter of a second
 _SOON = 2.0  # seconds; what takes longer gets a bar
 

@@ -10,7 +10,6 @@ number of tensors can be one launch. Offsets are counted in blocks of four words
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -28,13 +27,29 @@ from fastinit.cuda import runtime
 _LANES = 256  # of a block of torch's grid and of ours
 _TILE_BYTES = 16384  # of a constant fill
 _MOST_FILLS = 1 << 16  # of a launch: what the kernel's search can tell apart in two steps
-_OP_CODE = {op: code for code, op in enumerate(fill_.OPS)} | {"sparse": fill_.OPS.index("normal")}
-_PACK = struct.Struct("<4Q6dQ4I2iI4B")  # Fill of csrc/cuda/launch.h, without its union
-_STRIDED, _DIAGONAL = struct.Struct("<8I"), struct.Struct("<Q6I")
-_DENSE = bytes(32)
-_SOURCE = struct.Struct("<2Q")
-_SLOT = struct.Struct("<Q4I")
+_OPS = kernels.OPS | {"sparse": kernels.OPS["normal"]}
+_PACK = kernels.packer(
+    kernels._cuda,
+    "fill",
+    "Q address, Q items, Q block, Q mask, 6d p, Q round_blocks, I first_tile, I tiles, I ranges, "
+    "I threads, i after, i slot, I slot_tiles, B op, B dtype, B rank, B source, 32s strided",
+)
+_STRIDED = kernels.packer(kernels._cuda, "strided", "4I size, 4I stride")
+_DIAGONAL = kernels.packer(
+    kernels._cuda,
+    "diagonal",
+    "Q row_length, I group_rows, I channels, I channel, I centre, 8x unused",
+)
+_DENSE = bytes(_STRIDED.size)
+_SOURCE = kernels.packer(kernels._cuda, "source", "Q seed, Q block")
+_SLOT = kernels.packer(kernels._cuda, "slot", "Q end, I rounds, I tiles_done, I ready, 4x unused")
 _PROGRESS = 8  # bytes before the slots
+kernels.packer(
+    kernels._cuda,
+    "fill_arguments",
+    f"Q table, Q progress, I fills, I tiles, {2 * runtime.MOST_SOURCES}Q sources, "
+    f"{_PACK.size * runtime.MOST_INLINED}s inlined",
+)
 
 
 # ---- torch's grid --------------------------------------------------------------------------------
@@ -286,17 +301,17 @@ def _descriptors(entry: _Entry, tile: int, mask: int) -> Iterable[tuple[bytes, i
         p = (fill.a, fill.b, fill.scale, fill.mean, fill.lo, fill.hi)
     else:
         p = (fill.a, fill.b, fill.lo, fill.hi, 0.0, 0.0)
-    code, dtype_code = _OP_CODE[fill.op], DTYPES[dtype]
+    code, dtype_code = _OPS[fill.op], DTYPES[dtype]
     if fill.generator is None and fill.rank == 0:
         tiles = -(-(items * size + 15) // _TILE_BYTES)
-        shape = _DIAGONAL.pack(*fill.shape[:5], 0, 0) if fill.op == "diagonal" else _DENSE
+        shape = _DIAGONAL.pack(*fill.shape[:5]) if fill.op == "diagonal" else _DENSE
         numbers = (*p, 0, tile, tiles, 1, 0, -1, -1, 0, code, dtype_code, 0, 0)
-        return ((_PACK.pack(address, items, 0, 0, *numbers) + shape, tiles),)
+        return ((_PACK.pack(address, items, 0, 0, *numbers, shape), tiles),)
     if fill.rank == 0 and slot < 0 and items * size < geometry.MOST_AT_ONCE:  # most are like this
         g = grid(items, size, fill.device)
         tiles = g.trips * g.ranges
         numbers = (*p, 0, tile, tiles, g.ranges, g.threads, after, -1, 0, code, dtype_code, 0, src)
-        return ((_PACK.pack(address, items, block, mask, *numbers) + _DENSE, tiles),)
+        return ((_PACK.pack(address, items, block, mask, *numbers, _DENSE), tiles),)
     return list(_split_descriptors(entry, p, tile, mask))
 
 
@@ -324,8 +339,8 @@ def _split_descriptors(
         yield _PACK.pack(
             address + part.start * size, part.items, block, either, *p, round_blocks,
             tile, tiles, g.ranges, g.threads, after, slot, of_slot,
-            _OP_CODE[fill.op], DTYPES[fill.tensor.dtype], len(part.sizes), max(src, 0),
-        ) + shape, tiles  # fmt: skip
+            _OPS[fill.op], DTYPES[fill.tensor.dtype], len(part.sizes), max(src, 0), shape,
+        ), tiles  # fmt: skip
         tile += tiles
         block += g.trips
 

@@ -8,7 +8,6 @@ order. csrc/cuda/keyed_launch.h has the contract.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -24,8 +23,20 @@ from fastinit.cuda import runtime
 
 MOST_INLINED = 11  # fills that travel in the arguments of a kernel
 
-_TILES, _AXIS = struct.Struct("<3I4B"), struct.Struct("<2I2B2x")  # KeyedTiles behind its KeyedFill
-_AXES_SIZE = MOST_DIMS * _AXIS.size + 4
+_AXIS = kernels.packer(kernels._cuda, "keyed_axis", "I size, I magic, B shift, B dim, 2x unused")
+_TILES = kernels.packer(
+    kernels._cuda,
+    "keyed_tiles",
+    f"{cpu_keyed.PACK.size}s fill, I first_tile, I tiles, I units, "
+    f"B is_dense, B is_row, B axes, x unused, {MOST_DIMS * _AXIS.size}s axis, 4x unused_end",
+)
+kernels.packer(
+    kernels._cuda,
+    "keyed_arguments",
+    f"Q table, I fills, I tiles, {MOST_INLINED * _TILES.size}s inlined",
+)
+kernels.packer(kernels._cuda, "keyed", cpu_keyed.FIELDS)
+kernels.packer(kernels._cuda, "keyed_dim", cpu_keyed.FIELDS_OF_DIM)
 _UNITS_OF_TILE = 1024
 _MOST_UNITS = (1 << 31) - 1  # of a descriptor
 
@@ -87,8 +98,9 @@ class _Launch(Batch):
             axes = [_axis(n, dim) for n, dim in way.axes[:-1]]
             for n, dim in way.axes[-1:]:  # what is left counts along it: any quotient is 0
                 axes.append(_AXIS.pack(n, 0, 31, dim))
-            head = _TILES.pack(self._tiles, tiles, way.units, is_dense, way.is_row, len(axes), 0)
-            self._packed.append(descriptor + head + b"".join(axes).ljust(_AXES_SIZE, b"\0"))
+            counted = self._tiles, tiles, way.units
+            kind = is_dense, way.is_row, len(axes)
+            self._packed.append(_TILES.pack(descriptor, *counted, *kind, b"".join(axes)))
             self._tiles += tiles
 
     def go(self) -> None:

@@ -9,7 +9,6 @@ has the contract.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -25,8 +24,21 @@ MOST_MEMORY = 2 << 30  # bytes of working memory, unless one matrix needs more
 MOST_INLINED = 96  # matrices that travel in the arguments of a kernel
 
 _STEPS = ("small", "pack", "reflect", "panel", "triangle", "write")
-_JOB = struct.Struct("<2Qd2IB7x")  # QrJob of csrc/cuda/qr.h
-_ARGUMENTS = struct.Struct("<5Q10I")  # QrArguments, without its jobs
+kernels.agree(
+    kernels._cuda,
+    "STEPS",
+    {step: i for i, step in enumerate(_STEPS)},
+    getattr(kernels._cuda, "STEPS", None),
+)
+_JOB = kernels.packer(
+    kernels._cuda, "qr", "Q from, Q to, d gain, I rows, I cols, B dtype, 7x unused"
+)
+_ARGUMENTS = kernels.packer(
+    kernels._cuda,
+    "qr_arguments",
+    "Q table, Q columns, Q triangles, Q tau, Q sign, I jobs, I m, I n, I pitch, I direct, "
+    f"I is_double, I first, I width, I above, I streams, {MOST_INLINED * _JOB.size}s inlined",
+)
 _TILE = 32
 _MOST_COLUMNS = 128  # in shared memory
 _PANELS = (32, 16, 8)  # columns of a panel
@@ -188,7 +200,7 @@ class _Launcher:
         width, above, streams."""
         table = 0 if self._table is None else geometry.address_of(self._table)
         numbers = (self._count, *shape, self._direct, self._is_double, *panel)
-        packed = _ARGUMENTS.pack(table, *addresses, *numbers) + self._packed
+        packed = _ARGUMENTS.pack(table, *addresses, *numbers, self._packed)
         runtime.run_qr(_STEPS.index(step), packed, grid, threads, shared, self.device)
 
 

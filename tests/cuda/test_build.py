@@ -12,8 +12,6 @@ from subprocess import CompletedProcess
 import pytest
 
 from fastinit.core.kernels import _cuda
-from fastinit.cuda import fills as cuda_fills
-from fastinit.cuda import runtime
 from tests.support.cuda_code import ROOT, cubins, disassembled, needs_nvcc, output
 
 Python = Callable[..., "CompletedProcess[str]"]
@@ -31,16 +29,6 @@ def test_the_module_has_code_for_the_named_architectures() -> None:
             assert f"sm_{number}.ptx" in listed
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         assert {"sm_80", "sm_90", "sm_100", "sm_120"} <= set(cubins())
-
-
-@needs_module
-def test_both_sides_mean_the_same() -> None:
-    """What cuda/fills.py packs and assumes is what was compiled."""
-    for union in (len(cuda_fills._DENSE), cuda_fills._STRIDED.size, cuda_fills._DIAGONAL.size):
-        assert cuda_fills._PACK.size + union == _cuda.FILL_SIZE
-    assert cuda_fills._SLOT.size == _cuda.SLOT_SIZE
-    assert runtime.MOST_INLINED == _cuda.MOST_INLINED
-    assert runtime.MOST_SOURCES == _cuda.MOST_SOURCES
 
 
 # ---- setup.py ------------------------------------------------------------------------------------

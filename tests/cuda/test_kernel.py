@@ -19,7 +19,6 @@ from __future__ import annotations
 import ctypes
 import math
 import random
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -925,10 +924,10 @@ def described(t: Tensor, op: str = "uniform") -> list[Described]:
         cuda_fills._Entry(fake(t, op), 1 << 40, 0, 100, -1, -1), 50, 0
     ):
         f = cuda_fills._PACK.unpack_from(data)
-        shape = struct.unpack("<8I", data[cuda_fills._PACK.size :])
-        dims = [d for d in zip(shape[: f[-2]], shape[4:]) if d[0] != 1] if f[-2] else [(f[1], 1)]
+        shape, rank = cuda_fills._STRIDED.unpack(f[-1]), f[-3]
+        dims = [d for d in zip(shape[:rank], shape[4:]) if d[0] != 1] if rank else [(f[1], 1)]
         assert f[12] == tiles
-        found.append(Described(*f[:3], f[11], f[14], dims, f[-2] == 0, tiles))
+        found.append(Described(*f[:3], f[11], f[14], dims, rank == 0, tiles))
     return found
 
 

@@ -80,9 +80,8 @@ class Simulation:
         )
         assert status == 0
         self.launches.append((device, count, tiles))
-        head = dll.size_of_fill()
         for i in range(count):
-            self.units.append(cuda_keyed._TILES.unpack_from(data, i * size + head)[2])
+            self.units.append(cuda_keyed._TILES.unpack_from(data, i * size)[3])
         kernels.native_fills += count
 
     def upload(self, data: bytes, device: int) -> torch.Tensor:

@@ -72,8 +72,7 @@ class Simulation:
         assert grid[0] < 2**31
         assert grid[1] < 2**16
         dll = walker()
-        assert len(packed) <= dll.size_of_arguments()
-        assert (len(packed) - cuda_qr._ARGUMENTS.size) % dll.size_of_job() == 0
+        assert len(packed) == dll.size_of_arguments()
         assert dll.walk_qr(step, packed, len(packed), *grid, threads, shared, self.order) == 0
         self.launches.append((cuda_qr._STEPS[step], grid, threads, shared))
 

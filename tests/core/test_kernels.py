@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Modules that were built from other sources are refused, before they write wrong bytes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastinit.core import kernels
+
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
+CSRC = Path(__file__).parents[2] / "csrc"
+MODULES = [m for m in (kernels._cpu, kernels._cuda) if m is not None]
+
+# Replaces a module by one that says something else of itself, then imports fastinit.
+IMPORT = """
+import importlib.util, pathlib, sys, types
+
+def replace(name, change):
+    folder = pathlib.Path(importlib.util.find_spec("fastinit").origin).parent
+    path, = folder.glob(name + ".*.so")
+    spec = importlib.util.spec_from_file_location("fastinit." + name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fake = types.ModuleType("fastinit." + name)
+    fake.__dict__.update(module.__dict__)
+    change(fake.__dict__)
+    sys.modules[fake.__name__] = fake
+
+replace({name!r}, lambda module: {change})
+import fastinit
+"""
+CHANGES = {
+    "old": "[module.pop(name) for name in ('LAYOUTS', 'DTYPES', 'OPS')]",
+    "another order": "module['LAYOUTS'].update(fill=module['LAYOUTS']['fill'].replace("
+    "'Q address, Q items', 'Q items, Q address'))",
+    "another type": "module['LAYOUTS'].update(keyed=module['LAYOUTS']['keyed'].replace("
+    "'Q index', 'q index'))",
+    "one more field": "module['LAYOUTS'].update(keyed=module['LAYOUTS']['keyed'].replace("
+    "'5x unused', 'B more, 4x unused'))",
+    "other operators": "module['OPS'].pop('normal')",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_other_sources_are_refused(python: Python, module: object, change: str) -> None:
+    name = getattr(module, "__name__", "").rpartition(".")[2]
+    if (name, change) == ("_cpu", "other operators") and len(MODULES) == 1:
+        return  # there is none to differ from
+    run = python(IMPORT.replace("{name!r}", repr(name)).replace("{change}", CHANGES[change]))
+    assert run.returncode != 0
+    said = run.stderr.splitlines()[-1]
+    assert "ImportError" in said
+    assert "built from other sources" in said
+    assert "pip install ." in said
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_texts_are_formats(module: object) -> None:
+    """A layout has the size of its struct, and fastinit's own format is the same."""
+    layouts = vars(module)["LAYOUTS"]
+    sizes = {"fill": "FILL_SIZE", "keyed": "KEYED_SIZE"}
+    for name, fields in layouts.items():
+        packed = kernels.packer(module, name, fields)  # type: ignore[arg-type]
+        if name in sizes:
+            assert packed.size == vars(module)[sizes[name]]
+    assert isinstance(packed, struct.Struct)
+
+
+def test_a_list_of_fields_is_complete(tmp_path: Path) -> None:
+    """The compiler refuses one that leaves out a field, or has them in another order."""
+    source = tmp_path / "point.cpp"
+    command = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-fsyntax-only"]
+    for fields, is_good in [("x y z", True), ("x z", False), ("x y", False), ("y x z", False)]:
+        listed = ", ".join(f"FI_FIELD({name})" for name in fields.split())
+        source.write_text(
+            f'#include "{CSRC / "layout.h"}"\n'
+            "namespace fastinit { struct Point { int32_t x, y; double z[3]; };\n"
+            f"FI_LAYOUT(Point, {listed}); }}\n"
+        )
+        run = subprocess.run([*command, source], capture_output=True, text=True)
+        assert (run.returncode == 0) == is_good, run.stderr
+        assert is_good or "name every field, in order" in run.stderr
