@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastinit.core import geometry, kernels, laws, shard, source
+from fastinit.core import geometry, kernels, keyed_numbers, shard, source
 from fastinit.core.fill import Fill
 from fastinit.core.key import Key
+from fastinit.core.laws import Law
 from fastinit.core.work import Work
 from fastinit.cpu import fills as cpu_fills
 from fastinit.cpu import keyed as cpu_keyed
@@ -139,43 +139,24 @@ def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
 # ---- the keyed stream ----------------------------------------------------------------------------
 
 
-def fill_keyed(
-    function: str,
-    tensor: Tensor,
-    args: Sequence[Any],
-    key: Key | None,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
-) -> Tensor:
-    """What a function of torch.nn.init does, with numbers of a key.
+def fill_keyed(law: Law, tensor: Tensor, key: Key) -> None:
+    """Write a random law with the numbers of a key.
 
     Args:
-        function: its name
-        tensor: plain, or a DTensor, of which the elements of this process are written
-        args: its arguments but the tensor and the generator
-        key: None is enough for functions that draw nothing
-        global_shape: of the whole parameter, of which a plain tensor is a part
-        offset: where in the whole the tensor begins, for each dimension
+        tensor: plain, of which the key may say what part of a parameter it is; or a DTensor, of
+            which the elements of this process are written
 
     Raises:
-        ValueError: a part that does not lie in the whole, or no key for random numbers.
+        ValueError: a part that does not lie in the whole, or numbers that the stream does not have.
         RuntimeError, NotImplementedError: as torch's function, or a tensor without plain memory.
     """
-    law = laws.law_of(function, tensor.dtype, shard.global_shape(tensor, global_shape), args)
-    if key is None and law.is_random:
-        raise ValueError(f"{function} of a part of a tensor needs generator=fastinit.Key(...)")
-    slabs = shard.slabs(tensor, global_shape, offset)
-    if law.op == "constant":  # any dtype
-        with torch.no_grad():
-            shard.local(tensor).fill_(args[0] if args else law.p[0])
-        return tensor
-    # Also for what is empty here: the next fill has the same number in every process.
-    philox = key.take()[0] if key is not None and law.is_random else 0
+    law = keyed_numbers.checked(law, tensor.dtype)
+    slabs = shard.slabs(tensor, key.global_shape, key.offset)
+    philox, _ = key.take()  # also for what is empty here: every process counts alike
     if not tensor.is_meta and slabs:
         run_keyed([Work(law, philox, shard.local(tensor), slabs)])
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
-    return tensor
 
 
 def run_keyed(works: Sequence[Work]) -> None:

@@ -2,20 +2,21 @@
 """The functions of torch.nn.init: same signatures, same bits (orthogonal_: up to rounding), same
 errors.
 
-Each builds a fill of what torch's function would write. If that kind of fill is proved equal
-(probe.py) it runs natively, now or when the plan that records it does; whatever is unusual (other
-devices, dtypes, layouts, subclasses, modes, arguments out of range) is passed on to torch as it is.
+Each is one line: `_write` asks who writes the law of the function. With a `Key`, or in a scope with
+a seed, it is the keyed stream. Otherwise torch's words are written natively, if that kind of fill
+is proved equal (probe.py). Whatever is unusual (other devices, dtypes, layouts, subclasses, modes,
+arguments out of range) goes to torch's own function as it is.
 """
 
 from __future__ import annotations
 
 import functools
-import math
+import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Generator, Tensor
@@ -23,10 +24,11 @@ from torch.nn import Parameter
 from torch.nn import init as _torch_init
 
 from fastinit import execute, probe
-from fastinit.core import build, geometry, kernels, laws, recording, source
-from fastinit.core import fill as fill_
-from fastinit.core.fill import Fill
+from fastinit.core import build, geometry, kernels, laws, recording, shard, source
+from fastinit.core.fill import Fill, gaussian_dtype
 from fastinit.core.key import Key
+from fastinit.core.laws import Law
+from fastinit.core.recording import Call
 from fastinit.cpu import qr as cpu_qr
 
 # fmt: off
@@ -44,81 +46,127 @@ __all__ = [  # torch's order; older torch.nn.init has no such list
 _torch = SimpleNamespace(**{name: getattr(_torch_init, name) for name in __all__})
 _torch_trunc_normal = _torch_init._no_grad_trunc_normal_
 
-_Block = tuple[Sequence[int] | None, Sequence[int] | None]  # global_shape, offset
 _PLAIN = frozenset((Tensor, Parameter))
 _CONSTANT = 512  # times as many elements until torch's own fill_ costs more than a look at it
 
 
-def _is_large(t: Any, whole: object = None, at_least: int = 1) -> bool:
-    """Worth a look: a plain tensor, of some size unless it is one of many, and nobody watches.
+# ---- from a function to who writes its law -------------------------------------------------------
 
-    `whole`: what it is a part of; parts are never filled with torch's numbers.
-    `at_least`: in units of what a simple fill has to have; 0: any element at all.
+
+def _write(
+    name: str,
+    tensor: Tensor,
+    args: tuple[Any, ...],
+    generator: Generator | Key | None,
+    moved: dict[str, Any],
+    least: int = 1,
+) -> Tensor:
+    """Do what a function of torch.nn.init does: by a key, natively, or by torch.
+
+    Args:
+        args: its arguments but the tensor and the generator
+        moved: keywords that it does not have
+        least: times as many elements as a random fill has to have to be worth a native call; 0: any
     """
-    if whole is not None or type(t) not in _PLAIN or torch._C._len_torch_function_stack() != 0:
+    if _written(name, tensor, args, generator, moved, least):
+        return tensor
+    return _leave_to_torch(Call(getattr(_torch, name), name, tensor, args, generator))
+
+
+def _written(
+    name: str,
+    tensor: Tensor,
+    args: tuple[Any, ...],
+    generator: Generator | Key | None,
+    moved: dict[str, Any],
+    least: int = 1,
+) -> bool:
+    """Write with the numbers of a key, or natively with torch's; return False if torch has to."""
+    if moved:
+        _refuse(name, moved)
+    if _is_keyed(generator):
+        _write_keyed(name, tensor, args, generator if isinstance(generator, Key) else None)
+        return True
+    if not _may_run_natively(tensor, least):
+        return False
+    law = laws.of(name, tensor, args)
+    return any(_run(law, fills) for fills in build.ways(law, tensor, generator))
+
+
+def _is_keyed(generator: Generator | Key | None) -> bool:
+    """Return whether numbers come from a key: the caller's, or the seed of the scope around."""
+    if isinstance(generator, Key):
+        return True
+    recorder = recording.this_thread.recorder
+    if recorder is None or recorder.seed is None:
+        return False
+    return generator is None or source.is_default(generator)
+
+
+def _write_keyed(name: str, tensor: Tensor, args: tuple[Any, ...], key: Key | None) -> None:
+    shape = shard.global_shape(tensor, None if key is None else key.global_shape)
+    law = laws.of_shape(name, tensor.dtype, shape, args)
+    recorder = recording.this_thread.recorder
+    if recorder is None:
+        assert key is not None
+        execute.fill_keyed(law, tensor, key)
+    else:
+        recorder.fill_keyed(law, tensor, key)
+
+
+def _may_run_natively(t: Any, least: int) -> bool:
+    """Return whether a tensor is plain and large enough for a native call, and nobody watches."""
+    if type(t) not in _PLAIN or torch._C._len_torch_function_stack() != 0:
         return False  # before t.numel() would be seen
     n = t.numel()
     recorder = recording.this_thread.recorder
     if recorder is not None and recorder.seed is not None:
         return False
-    if recorder is not None and at_least != 0:
-        large = recorder.takes(t)
+    if recorder is not None and least != 0:
+        is_large = recorder.takes(t)
     else:
-        large = n >= at_least * geometry.least(geometry.device_of(t))
-    return large and n != 0 and not torch.compiler.is_compiling() and recording.modes_allow()
+        is_large = n >= least * geometry.least(geometry.device_of(t))
+    return is_large and n != 0 and not torch.compiler.is_compiling() and recording.modes_allow()
 
 
-def _run(*fills: Fill | None) -> bool:
-    """Run or record the fills, if all of them can be done natively with torch's bits."""
+def _run(law: Law, fills: Iterable[Fill]) -> bool:
+    """Run or record fills if all of them are proved to have torch's bits; else return False."""
     proved = []
-    for fill in fills:
-        fill = probe.proved(fill)
+    for fill in map(probe.proved, fills):
         if fill is None:
             return False
         proved.append(fill)
     recorder = recording.this_thread.recorder
-    if recorder is not None:
-        recorder.add(proved)
-        return True
-    execute.run(proved)
+    if recorder is None:
+        execute.run(proved)
+    else:
+        recorder.add(proved, law)
     return True
 
 
-def _pass_on(
-    function: Callable[..., Tensor], tensor: Tensor, *args: Any, block: _Block = (None, None)
-) -> Tensor:
-    """Call torch's function, or record the call; or fill with the numbers of a Key."""
+def _leave_to_torch(call: Call) -> Tensor:
+    """Call torch's function, or record the call."""
     recorder = recording.this_thread.recorder
-    generator = args[-1] if args else None  # it comes last
-    seeded = recorder is not None and recorder.seed is not None
-    if block != (None, None) or isinstance(generator, Key):
-        return _fill_keyed(function.__name__, tensor, args, *block)
-    if seeded and (not isinstance(generator, Generator) or source.is_default(generator)):
-        return _fill_keyed(function.__name__, tensor, args)
-    if recorder is None:
-        with source.default_lock if generator is None else source.lock_of(generator):
-            return function(tensor, *args)
-    call = functools.partial(function, tensor, *args)
-    overwrites = function in (_orthogonal, _torch.orthogonal_)
-    recorder.call(call, tensor, overwrites)
-    return tensor
+    if recorder is not None:
+        recorder.call(call)
+        return call.tensor
+    with source.default_lock if call.generator is None else source.lock_of(call.generator):
+        return call()
 
 
-def _fill_keyed(
-    function: str,
-    tensor: Tensor,
-    args: Sequence[Any],
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
-) -> Tensor:
-    """`args`: with the generator last, if the function has one."""
-    key = args[-1] if args and isinstance(args[-1], Key) else None
-    rest = args[:-1] if laws.draws(function) else args
-    recorder = recording.this_thread.recorder
-    if recorder is None:
-        return execute.fill_keyed(function, tensor, rest, key, global_shape, offset)
-    recorder.fill_keyed(function, tensor, rest, key, (global_shape, offset))
-    return tensor
+def _refuse(name: str, moved: dict[str, Any]) -> NoReturn:
+    """Raise TypeError for keywords that no function has, some of which had them up to 0.5."""
+    if not moved.keys() <= {"global_shape", "offset"}:
+        raise TypeError(f"{name}() got an unexpected keyword argument {next(iter(moved))!r}")
+    instead = f"write {name}(part, generator=key.part(global_shape, offset))"
+    if name in ("eye_", "dirac_"):
+        instead = "fill a DTensor, or the whole tensor"
+    elif not laws.draws(name):
+        instead = "a part of a constant is constant"
+    raise TypeError(f"{name}() takes no global_shape= and offset= since 0.6: {instead}")
+
+
+# ---- the functions -------------------------------------------------------------------------------
 
 
 def calculate_gain(nonlinearity: Any, param: int | float | None = None) -> float:
@@ -140,9 +188,7 @@ def uniform_(
     a: float = 0.0,
     b: float = 1.0,
     generator: Generator | Key | None = None,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Fill `tensor` in place with U[a, b) and return it; `torch.nn.init.uniform_`.
 
@@ -151,14 +197,11 @@ def uniform_(
         a: lower bound
         b: upper bound
         generator: where the words come from (default: torch's default generator), or a `Key`
-        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         RuntimeError: a > b, a bound outside the dtype's range, or an integer dtype.
     """
-    if _is_large(tensor, global_shape) and _run(build.uniform(tensor, a, b, generator)):
-        return tensor
-    return _pass_on(_torch.uniform_, tensor, a, b, generator, block=(global_shape, offset))
+    return _write("uniform_", tensor, (a, b), generator, moved)
 
 
 def normal_(
@@ -166,9 +209,7 @@ def normal_(
     mean: float = 0.0,
     std: float = 1.0,
     generator: Generator | Key | None = None,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Fill `tensor` in place with N(mean, std^2) and return it; `torch.nn.init.normal_`.
 
@@ -177,14 +218,11 @@ def normal_(
         mean: of the distribution
         std: of the distribution, not negative
         generator: where the words come from (default: torch's default generator), or a `Key`
-        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         RuntimeError: std < 0, or an integer dtype.
     """
-    if _is_large(tensor, global_shape) and _run(build.normal(tensor, mean, std, generator)):
-        return tensor
-    return _pass_on(_torch.normal_, tensor, mean, std, generator, block=(global_shape, offset))
+    return _write("normal_", tensor, (mean, std), generator, moved)
 
 
 def trunc_normal_(
@@ -194,9 +232,7 @@ def trunc_normal_(
     a: float = -2.0,
     b: float = 2.0,
     generator: Generator | Key | None = None,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Fill with N(mean, std^2) truncated to [a, b]; `torch.nn.init.trunc_normal_`.
 
@@ -210,7 +246,6 @@ def trunc_normal_(
         a: lower cutoff, in the units of the values (not of std)
         b: upper cutoff
         generator: where the words come from (default: torch's default generator), or a `Key`
-        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Returns:
         `tensor`, filled in place.
@@ -221,101 +256,65 @@ def trunc_normal_(
     Warns:
         UserWarning: the mean is more than two std outside [a, b].
     """
-    if _is_large(tensor, global_shape) and _run_truncated(tensor, mean, std, a, b, generator):
-        return tensor
-    return _pass_on(
-        _torch.trunc_normal_, tensor, mean, std, a, b, generator, block=(global_shape, offset)
-    )
-
-
-def _run_truncated(tensor: Tensor, *args: Any) -> bool:
-    """By rejection, or on a GPU before torch 2.12 by the inverse of the distribution."""
-    if _run(build.trunc_normal(tensor, *args)):
-        return True
-    return geometry.device_of(tensor) >= 0 and _run(build.trunc_erfinv(tensor, *args))
+    return _write("trunc_normal_", tensor, (mean, std, a, b), generator, moved)
 
 
 def constant_(
     tensor: Tensor,
     val: float,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Fill `tensor` (any shape, any dtype) with `val` and return it; `torch.nn.init.constant_`.
-
-    A part of a constant is constant: `global_shape` and `offset` are only checked.
 
     Raises:
         RuntimeError: the dtype cannot hold `val`.
     """
-    if _is_large(tensor, global_shape, _CONSTANT) and _run(build.constant(tensor, val)):
-        return tensor
-    return _pass_on(_torch.constant_, tensor, val, block=(global_shape, offset))
+    return _write("constant_", tensor, (val,), None, moved, _CONSTANT)
 
 
 def ones_(
     tensor: Tensor,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Fill `tensor` (any shape, any dtype) with 1 and return it; `torch.nn.init.ones_`.
-
-    A part of a constant is constant: `global_shape` and `offset` are only checked.
 
     Raises:
         RuntimeError: torch cannot write to such a tensor in place.
     """
-    if _is_large(tensor, global_shape, _CONSTANT) and _run(build.constant(tensor, 1.0)):
-        return tensor
-    return _pass_on(_torch.ones_, tensor, block=(global_shape, offset))
+    return _write("ones_", tensor, (), None, moved, _CONSTANT)
 
 
 def zeros_(
     tensor: Tensor,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Fill `tensor` (any shape, any dtype) with 0 and return it; `torch.nn.init.zeros_`.
-
-    A part of a constant is constant: `global_shape` and `offset` are only checked.
 
     Raises:
         RuntimeError: torch cannot write to such a tensor in place.
     """
-    if _is_large(tensor, global_shape, _CONSTANT) and _run(build.constant(tensor, 0.0)):
-        return tensor
-    return _pass_on(_torch.zeros_, tensor, block=(global_shape, offset))
+    return _write("zeros_", tensor, (), None, moved, _CONSTANT)
 
 
 def eye_(
     tensor: Tensor,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Make a matrix the identity and return it; `torch.nn.init.eye_`.
 
     Args:
         tensor: shape (rows, columns), any dtype
-        global_shape, offset: of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: not two dimensions.
     """
-    if _is_large(tensor, global_shape) and tensor.dim() == 2 and _run(build.diagonal(tensor, 0)):
-        return tensor
-    return _pass_on(_torch.eye_, tensor, block=(global_shape, offset))
+    return _write("eye_", tensor, (), None, moved)
 
 
 def dirac_(
     tensor: Tensor,
     groups: int = 1,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Make a convolution pass its input through; `torch.nn.init.dirac_`.
 
@@ -323,30 +322,18 @@ def dirac_(
         tensor: shape (out channels, in channels / groups, *kernel) with 1 to 3 kernel dimensions,
             any dtype
         groups: of the convolution; each keeps as many of its channels as fit
-        global_shape, offset: of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: other numbers of dimensions, or out channels not divisible by `groups`.
     """
-    if (
-        _is_large(tensor, global_shape)
-        and tensor.dim() in (3, 4, 5)
-        and type(groups) is int
-        and groups > 0
-        and tensor.shape[0] % groups == 0
-        and _run(build.diagonal(tensor, groups))
-    ):
-        return tensor
-    return _pass_on(_torch.dirac_, tensor, groups, block=(global_shape, offset))
+    return _write("dirac_", tensor, (groups,), None, moved)
 
 
 def xavier_uniform_(
     tensor: Tensor,
     gain: float = 1.0,
     generator: Generator | Key | None = None,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Fill with U(-a, a), a = gain sqrt(6 / (fan_in + fan_out)); `torch.nn.init.xavier_uniform_`.
 
@@ -357,25 +344,18 @@ def xavier_uniform_(
         tensor: shape (fan_out, fan_in, *kernel), any floating dtype
         gain: scaling factor, see `calculate_gain`
         generator: where the words come from (default: torch's default generator), or a `Key`
-        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: fewer than two dimensions.
     """
-    if _is_large(tensor, global_shape) and tensor.dim() >= 2:
-        a = math.sqrt(3.0) * laws.xavier_std(tensor, gain)
-        if _run(build.uniform(tensor, -a, a, generator)):
-            return tensor
-    return _pass_on(_torch.xavier_uniform_, tensor, gain, generator, block=(global_shape, offset))
+    return _write("xavier_uniform_", tensor, (gain,), generator, moved)
 
 
 def xavier_normal_(
     tensor: Tensor,
     gain: float = 1.0,
     generator: Generator | Key | None = None,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Fill with N(0, std^2), std = gain sqrt(2 / (fan_in + fan_out)).
 
@@ -385,16 +365,11 @@ def xavier_normal_(
         tensor: shape (fan_out, fan_in, *kernel), any floating dtype
         gain: scaling factor, see `calculate_gain`
         generator: where the words come from (default: torch's default generator), or a `Key`
-        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: fewer than two dimensions.
     """
-    if _is_large(tensor, global_shape) and tensor.dim() >= 2:
-        std = laws.xavier_std(tensor, gain)
-        if _run(build.normal(tensor, 0.0, std, generator)):
-            return tensor
-    return _pass_on(_torch.xavier_normal_, tensor, gain, generator, block=(global_shape, offset))
+    return _write("xavier_normal_", tensor, (gain,), generator, moved)
 
 
 def kaiming_uniform_(
@@ -403,9 +378,7 @@ def kaiming_uniform_(
     mode: Any = "fan_in",
     nonlinearity: Any = "leaky_relu",
     generator: Generator | Key | None = None,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Fill with U(-bound, bound), bound = gain sqrt(3 / fan); `torch.nn.init.kaiming_uniform_`.
 
@@ -417,7 +390,6 @@ def kaiming_uniform_(
         mode: "fan_in" keeps the variance in the forward pass, "fan_out" in the backward pass
         nonlinearity: see `calculate_gain`
         generator: where the words come from (default: torch's default generator), or a `Key`
-        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: fewer than two dimensions, unknown mode or nonlinearity.
@@ -425,22 +397,10 @@ def kaiming_uniform_(
     Warns:
         UserWarning: the tensor has no elements; nothing is done.
     """
-    if _is_large(tensor, global_shape):
-        bound = math.sqrt(3.0) * laws.kaiming_std(tensor, a, mode, nonlinearity)
-        if _run(build.uniform(tensor, -bound, bound, generator)):
-            return tensor
-    elif _has_no_elements(tensor, global_shape):
+    if _has_no_elements(tensor, generator):  # torch warns at the line of its caller: here, of ours
         warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
         return tensor
-    return _pass_on(
-        _torch.kaiming_uniform_,
-        tensor,
-        a,
-        mode,
-        nonlinearity,
-        generator,
-        block=(global_shape, offset),
-    )
+    return _write("kaiming_uniform_", tensor, (a, mode, nonlinearity), generator, moved)
 
 
 def kaiming_normal_(
@@ -449,9 +409,7 @@ def kaiming_normal_(
     mode: Any = "fan_in",
     nonlinearity: Any = "leaky_relu",
     generator: Generator | Key | None = None,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Fill with N(0, std^2), std = gain / sqrt(fan); `torch.nn.init.kaiming_normal_`.
 
@@ -463,7 +421,6 @@ def kaiming_normal_(
         mode: "fan_in" keeps the variance in the forward pass, "fan_out" in the backward pass
         nonlinearity: see `calculate_gain`
         generator: where the words come from (default: torch's default generator), or a `Key`
-        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: fewer than two dimensions, unknown mode or nonlinearity.
@@ -471,28 +428,17 @@ def kaiming_normal_(
     Warns:
         UserWarning: the tensor has no elements; nothing is done.
     """
-    if _is_large(tensor, global_shape):
-        std = laws.kaiming_std(tensor, a, mode, nonlinearity)
-        if _run(build.normal(tensor, 0.0, std, generator)):
-            return tensor
-    elif _has_no_elements(tensor, global_shape):
+    if _has_no_elements(tensor, generator):  # torch warns at the line of its caller: here, of ours
         warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
         return tensor
-    return _pass_on(
-        _torch.kaiming_normal_,
-        tensor,
-        a,
-        mode,
-        nonlinearity,
-        generator,
-        block=(global_shape, offset),
-    )
+    return _write("kaiming_normal_", tensor, (a, mode, nonlinearity), generator, moved)
 
 
-def _has_no_elements(t: Any, whole: object) -> bool:
-    """torch warns about these at the line of its caller, which has to be ours."""
+def _has_no_elements(t: Any, generator: Generator | Key | None) -> bool:
+    """Return whether a plain tensor is empty, and not as a part of something that is not."""
+    is_part = isinstance(generator, Key) and generator.global_shape is not None
     return (
-        whole is None
+        not is_part
         and type(t) in _PLAIN
         and torch._C._len_torch_function_stack() == 0
         and bool(t.numel() == 0)
@@ -503,9 +449,7 @@ def orthogonal_(
     tensor: Tensor,
     gain: float = 1,
     generator: Generator | Key | None = None,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Fill with a (semi-)orthogonal matrix times gain; `torch.nn.init.orthogonal_`.
 
@@ -517,7 +461,6 @@ def orthogonal_(
             float32 and rounded once; torch raises for them); trailing dimensions are flattened
         gain: scaling factor
         generator: where the words come from (default: torch's default generator), or a `Key`
-        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     The same matrix as torch's, up to rounding: docs/reproducibility.md says how far.
 
@@ -525,28 +468,21 @@ def orthogonal_(
         ValueError: fewer than two dimensions.
         RuntimeError: other dtypes.
     """
-    if not (_is_large(tensor, global_shape, 0) and tensor.dim() >= 2):
-        return _pass_on(_torch.orthogonal_, tensor, gain, generator, block=(global_shape, offset))
-    if isinstance(generator, Key):
-        return _fill_keyed("orthogonal_", tensor, (gain, generator))
-    if _run(build.orthogonal(tensor, gain, generator, tensor.shape[0])):
+    if _written("orthogonal_", tensor, (gain,), generator, moved, 0):
         return tensor
-    native = geometry.accepts(tensor, inference=True) and geometry.device_of(tensor) < 0
-    rows = tensor.shape[0]
-    native = native and not build.is_narrow(rows, tensor.numel() // rows, tensor.dtype)
-    if native:
-        flat = (rows, tensor.numel() // rows)
-        return _pass_on(_orthogonal, tensor, flat, gain, generator)
-    return _pass_on(_torch.orthogonal_, tensor, gain, generator, block=(global_shape, offset))
+    function: Callable[..., Tensor] = _torch.orthogonal_
+    if _may_run_natively(tensor, 0) and tensor.dim() >= 2 and _is_in_cpu_memory(tensor):
+        rows, columns = tensor.shape[0], tensor.numel() // tensor.shape[0]
+        if not build.is_narrow(rows, columns, tensor.dtype):
+            function = functools.partial(_orthogonal, (rows, columns))
+    return _leave_to_torch(Call(function, "orthogonal_", tensor, (gain,), generator))
 
 
 def orthogonal_batched_(
     tensor: Tensor,
     gain: float = 1,
     generator: Generator | Key | None = None,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Fill every matrix of a batch with an orthogonal matrix of its own; torch has no such.
 
@@ -558,37 +494,35 @@ def orthogonal_batched_(
         tensor: shape (..., rows, cols), any dtype that `orthogonal_` takes
         gain: scaling factor
         generator: where the words come from (default: torch's default generator), or a `Key`
-        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: fewer than two dimensions.
         RuntimeError: other dtypes.
     """
-    recorder = recording.this_thread.recorder
-    seeded = recorder is not None and recorder.seed is not None and generator is None
-    if seeded or isinstance(generator, Key) or global_shape is not None:
-        args = (gain, generator)
-        return _fill_keyed("orthogonal_batched_", tensor, args, global_shape, offset)
-    if tensor.dim() < 2:
-        raise ValueError("Only tensors with 2 or more dimensions are supported")
-    if tensor.numel() == 0 or tensor.is_meta:
-        return tensor
-    if tensor.dtype not in geometry.DTYPES:
-        return _pass_on(_torch.orthogonal_, tensor, gain, generator)  # says what is wrong
-    if _is_large(tensor, None, 0):
-        rows, cols = tensor.shape[-2:]
-        count = tensor.numel() // (rows * cols)
-        if _run(build.orthogonal(tensor, gain, generator, rows, count)):
+    if not _is_keyed(generator):
+        if tensor.dim() < 2:
+            raise ValueError("Only tensors with 2 or more dimensions are supported")
+        if tensor.numel() == 0 or tensor.is_meta:
             return tensor
-    return _pass_on(_orthogonal, tensor, tensor.shape, gain, generator)
+        if tensor.dtype not in geometry.DTYPES:  # torch says what is wrong
+            return _write("orthogonal_", tensor, (gain,), generator, moved)
+    if _written("orthogonal_batched_", tensor, (gain,), generator, moved, 0):
+        return tensor
+    function = functools.partial(_orthogonal, tuple(tensor.shape))
+    return _leave_to_torch(Call(function, "orthogonal_batched_", tensor, (gain,), generator))
+
+
+def _is_in_cpu_memory(t: Tensor) -> bool:
+    return geometry.accepts(t, inference=True) and geometry.device_of(t) < 0
 
 
 def _orthogonal(
-    tensor: Tensor, shape: Sequence[int], gain: float, generator: Generator | None
+    shape: tuple[int, ...], tensor: Tensor, gain: float, generator: Generator | None
 ) -> Tensor:
-    """For what is no plain memory to write to: in memory of its own, and copied.
+    """Fill what is no plain memory to write to, by way of other memory.
 
-    `shape`: (..., rows, cols), as which the tensor is seen.
+    Args:
+        shape: (..., rows, cols), as which the tensor is seen
     """
     with torch.no_grad():
         q, rest = _factor(shape, tensor, gain, generator)
@@ -597,13 +531,13 @@ def _orthogonal(
 
 
 def _factor(
-    shape: Sequence[int], like: Tensor, gain: float, generator: Generator | None
+    shape: tuple[int, ...], like: Tensor, gain: float, generator: Generator | None
 ) -> tuple[Tensor, float]:
-    """Matrices of such a shape, and what they have still to be multiplied by."""
+    """Return matrices of a shape, and what they have still to be multiplied by."""
     plain = type(like) in _PLAIN and like.is_cpu and not torch.compiler.is_compiling()
     plain = plain and recording.modes_allow() and geometry.accepts(like, inference=True)
     with kernels.undisturbed() if plain else nullcontext():  # so that nothing waits
-        drawn = like.new_empty(shape, dtype=fill_.gaussian_dtype(like.dtype))
+        drawn = like.new_empty(shape, dtype=gaussian_dtype(like.dtype))
         normal_(drawn, 0.0, 1.0, generator)
         if plain:
             number = laws.gain_of(gain)
@@ -620,9 +554,7 @@ def sparse_(
     sparsity: float,
     std: float = 0.01,
     generator: Generator | Key | None = None,
-    *,
-    global_shape: Sequence[int] | None = None,
-    offset: Sequence[int] | None = None,
+    **moved: NoReturn,
 ) -> Tensor:
     """Fill a matrix with N(0, std^2) and zero part of each column; `torch.nn.init.sparse_`.
 
@@ -635,29 +567,14 @@ def sparse_(
         std: of the others
         generator: where the words of the normals come from (default: torch's default generator), or
             a `Key`, which then decides which rows become zero, too
-        global_shape, offset: with a `Key`, of which whole the tensor is a part, and where in it
 
     Raises:
         ValueError: not two dimensions.
     """
-    if (
-        _is_large(tensor, global_shape)
-        and tensor.dim() == 2
-        and type(sparsity) in (int, float)
-        and 0 <= sparsity <= 1
-        and _run_sparse(tensor, math.ceil(sparsity * tensor.shape[0]), std, generator)
-    ):
+    if _written("sparse_", tensor, (sparsity, std), generator, moved):
         return tensor
     with source.turn(torch.default_generator, *_given(generator)):
-        return _pass_on(
-            _torch.sparse_, tensor, sparsity, std, generator, block=(global_shape, offset)
-        )
-
-
-def _run_sparse(tensor: Tensor, zeros: int, std: float, generator: object) -> bool:
-    if geometry.device_of(tensor) >= 0:
-        return _run(build.sparse(tensor, std, zeros, generator))
-    return _run(build.normal(tensor, 0.0, std, generator), build.sparse_mask(tensor, zeros))
+        return _leave_to_torch(Call(_torch.sparse_, "sparse_", tensor, (sparsity, std), generator))
 
 
 def _no_grad_trunc_normal_(
@@ -669,17 +586,15 @@ def _no_grad_trunc_normal_(
     generator: Generator | None = None,
 ) -> Tensor:
     """Stands for its namesake in torch.nn.init, which is looked up at each call, while hooked."""
-    recorder = recording.this_thread.recorder
-    if recorder is not None and recorder.seed is not None and generator is None:
-        return _fill_keyed("trunc_normal_", tensor, (mean, std, a, b, None))
-    if _is_large(tensor) and _run_truncated(tensor, mean, std, a, b, generator):
+    if _written("trunc_normal_", tensor, (mean, std, a, b), generator, {}):
         return tensor
     return _torch_trunc_normal(tensor, mean, std, a, b, generator)
 
 
-def _given(generator: object) -> tuple[Generator, ...]:
-    own = isinstance(generator, Generator) and generator is not torch.default_generator
-    return (cast(Generator, generator),) if own else ()
+def _given(generator: Generator | Key | None) -> tuple[Generator, ...]:
+    """Return the generator if it is one that the default generator is not."""
+    is_own = isinstance(generator, Generator) and generator is not torch.default_generator
+    return (cast(Generator, generator),) if is_own else ()
 
 
 def _deprecated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -709,3 +624,10 @@ kaiming_uniform = _deprecated(kaiming_uniform_)
 kaiming_normal = _deprecated(kaiming_normal_)
 orthogonal = _deprecated(orthogonal_)
 sparse = _deprecated(sparse_)
+
+
+# Signatures are torch's: `moved` is there for its error message only.
+for _name in (*__all__, "orthogonal_batched_"):
+    _sign = inspect.signature(globals()[_name])
+    _kept = [p for p in _sign.parameters.values() if p.name != "moved"]
+    globals()[_name].__signature__ = _sign.replace(parameters=_kept)

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +25,13 @@ from fastinit.capture.operators import (
     is_view,
     leaves,
 )
+from fastinit.core import build, geometry, keyed_numbers, laws, recording, shard, source
 from fastinit.core import fill as fill_
-from fastinit.core import geometry, laws, recording, shard, source
 from fastinit.core.fill import Fill, Room
 from fastinit.core.key import Key, derived
+from fastinit.core.laws import Law
 from fastinit.core.mode import Mode
-from fastinit.core.recording import Recorder
+from fastinit.core.recording import Call, Recorder
 from fastinit.core.work import Work
 from fastinit.cpu import fills as cpu_fills
 from fastinit.model import Fn
@@ -42,8 +42,28 @@ _MOVED = (
 )
 
 
-# What depends on more of a tensor's shape than its extent.
-_OF_MATRICES = ("orthogonal", "diagonal", "sparse_mask", "sparse")
+class _Fills(NamedTuple):
+    """A call that is done natively, all of its fills in one run."""
+
+    law: Law
+    fills: list[Fill]
+
+    def has_moved(self) -> bool:
+        return any(fill_.extent(fill) != fill.extent for fill in self.fills)
+
+
+class _FillKeyed(NamedTuple):
+    """A call with a Key."""
+
+    law: Law
+    tensor: Tensor
+    key: Key
+
+    def __call__(self) -> None:
+        execute.fill_keyed(self.law, self.tensor, self.key)
+
+
+_Step = _Fills | _FillKeyed | Call | Callable[[], object]
 
 
 class Plan(Recorder):
@@ -68,32 +88,31 @@ class Plan(Recorder):
     """
 
     def __init__(self) -> None:
-        self._steps: list[list[Fill] | Callable[[], object]] = []  # one for each call
+        self._steps: list[_Step] = []  # one for each call
         self._places: list[tuple[Tensor, tuple[object, ...]]] = []  # of what must not move
         self._prepared: execute.Prepared | None = None  # on one GPU
         self._packed: cpu_fills.Batch | None = None  # on the CPU
         self._on_gpu = False
         self._names: list[tuple[str, Tensor]] = []  # for keys
 
-    def add(self, fills: list[Fill]) -> None:
+    def add(self, fills: list[Fill], law: Law) -> None:
         for fill in fills:
             fill.extent = fill_.extent(fill)
             self._on_gpu |= fill.device >= 0
-            if fill.op in _OF_MATRICES:
+            if law.is_of_shape:
                 self.keep([fill.tensor])
-        self._steps.append(fills)
-        self._prepared = self._packed = None
+        self._append(_Fills(law, fills))
 
-    def call(
-        self, function: functools.partial[Any], tensor: Tensor, overwrites: bool = False
-    ) -> None:
-        self._steps.append(function)
-        self._prepared = self._packed = None
+    def call(self, call: Call) -> None:
+        self._append(call)
 
-    def fill_keyed(
-        self, function: str, tensor: Tensor, args: Any, key: Key | None, block: Any
-    ) -> None:
-        self.call(functools.partial(_fill_keyed, tensor, function, args, key, *block), tensor)
+    def fill_keyed(self, law: Law, tensor: Tensor, key: Key | None) -> None:
+        assert key is not None  # as a plan has no seed while it is recorded
+        self._append(_FillKeyed(law, tensor, key))
+
+    def _append(self, step: _Step) -> None:
+        self._steps.append(step)
+        self._prepared = self._packed = None
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Raise in `run` if one of these has moved, though only views of them were recorded."""
@@ -139,10 +158,10 @@ class Plan(Recorder):
 
     def _tensors(self) -> Iterator[Tensor]:
         for step in self._steps:
-            if not callable(step):
-                yield from (fill.tensor for fill in step)
-            elif isinstance(step, functools.partial):
-                yield from (x for x in step.args[:1] if isinstance(x, Tensor))
+            if isinstance(step, _Fills):
+                yield from (fill.tensor for fill in step.fills)
+            elif isinstance(step, Call | _FillKeyed):
+                yield step.tensor
 
     def _run_steps(self, block: object, progress: bool | None) -> None:
         if any(geometry.place(t) != place for t, place in self._places):
@@ -150,17 +169,17 @@ class Plan(Recorder):
         fills: list[Fill] = []
         calls = 0
         for step in self._steps:
-            if callable(step):
+            if not isinstance(step, _Fills):
                 calls += 1
                 execute.run(fills, progress)
                 fills = []
                 step()
                 if isinstance(block, Capture):
                     block.settle("Plan.run")
-            elif any(fill_.extent(fill) != fill.extent for fill in step):
+            elif step.has_moved():
                 raise RuntimeError(_MOVED)
             else:
-                fills += step
+                fills += step.fills
         if calls == 0 and self._packed is None:
             self._prepared = execute.prepare(fills, [t for t, _ in self._places])
             self._packed = execute.pack(fills)
@@ -176,11 +195,11 @@ class Plan(Recorder):
             raise RuntimeError(_MOVED)
         run = _Keyed(seed, prefix, names.Names((prefix + name, t) for name, t in self._names))
         for number, step in enumerate(self._steps):
-            if not callable(step):
-                if any(fill_.extent(fill) != fill.extent for fill in step):
+            if isinstance(step, _Fills):
+                if step.has_moved():
                     raise RuntimeError(_MOVED)
                 run.add(step, number)
-            elif not run.call(step, number):
+            elif not (isinstance(step, Call) and run.call(step, number)):
                 run.flush()
                 step()
         run.flush()
@@ -200,10 +219,6 @@ class Plan(Recorder):
                 recording.set_recorder(before)
 
         return record
-
-
-def _fill_keyed(tensor: Tensor, function: str, args: Any, key: Any, *block: Any) -> Tensor:
-    return execute.fill_keyed(function, tensor, args, key, *block)
 
 
 def record(model: nn.Module, fn: Fn | None = None) -> Plan:
@@ -251,36 +266,25 @@ class _Keyed:
         self._room = Room()
         self._others: list[Fill] = []  # of generators of the caller's own
 
-    def add(self, fills: Sequence[Fill], number: int) -> None:
-        first = fills[0]
-        if first.generator is not None and not source.is_default(first.generator):
+    def add(self, step: _Fills, number: int) -> None:
+        generator = step.fills[0].generator
+        if generator is not None and not source.is_default(generator):
             self.flush_works()
-            self._others += fills
-        elif fills[-1].op == "sparse_mask":  # the other is the rest of sparse_
-            rows, zeros, columns = fills[-1].shape[:3]
-            self._put(first.tensor, laws.sparse(rows, columns, zeros, first.b), number)
+            self._others += step.fills
         else:
-            for fill in fills:
-                self._put(fill.tensor, laws.of_fill(fill), number)
+            self._put(step.fills[0].tensor, step.law, number)
 
-    def call(self, step: Callable[[], object], number: int) -> bool:
-        """A function that was left to torch; False: it has to be."""
-        if not isinstance(step, functools.partial):
+    def call(self, call: Call, number: int) -> bool:
+        """Write the law of a call that was left to torch; return False if it has to be torch's."""
+        if not laws.draws(call.name):
             return False
-        name, tensor, args = step.func.__name__, step.args[0] if step.args else None, step.args[1:]
-        if not isinstance(tensor, Tensor) or not (laws.draws(name) or name == "_orthogonal"):
+        if call.generator is not None and not source.is_default(call.generator):
             return False
-        if args and args[-1] is not None and not source.is_default(args[-1]):
-            return False
-        if name == "_orthogonal":  # init.orthogonal_ and orthogonal_batched_
-            shape, gain = args[:2]
-            law = laws.law_of("orthogonal_batched_", tensor.dtype, shape, (gain,))
-        else:
-            law = laws.law_of(name, tensor.dtype, tensor.shape, args[:-1])
-        self._put(tensor, law, number)
+        self._put(call.tensor, call.law(), number)
         return True
 
-    def _put(self, t: Tensor, law: laws.Law, number: int) -> None:
+    def _put(self, t: Tensor, law: Law, number: int) -> None:
+        law = keyed_numbers.checked(law, t.dtype)
         here = shard.local(t)
         if here.numel() == 0 or here.is_meta:
             return
@@ -335,23 +339,19 @@ class _Walk(Mode, Recorder):
         self._written = {geometry.storage_id(t) for t in tensors if _is_simple(t)}
         self._constants: set[int] = set()
 
-    def add(self, fills: list[Fill]) -> None:
+    def add(self, fills: list[Fill], law: Law) -> None:
         self._written.update(geometry.storage_id(f.tensor) for f in fills)
-        self._plan.add(fills)
+        self._plan.add(fills, law)
 
-    def call(
-        self, function: functools.partial[Any], tensor: Tensor, overwrites: bool = False
-    ) -> None:
-        if any(isinstance(x, Tensor) for x in function.args[1:]):
-            self._refuse(function.func)
-        self._written.add(geometry.storage_id(tensor))
-        self._plan.call(function, tensor)
+    def call(self, call: Call) -> None:
+        if any(isinstance(x, Tensor) for x in call.args):
+            self._refuse(call.name)
+        self._written.add(geometry.storage_id(call.tensor))
+        self._plan.call(call)
 
-    def fill_keyed(
-        self, function: str, tensor: Tensor, args: Any, key: Key | None, block: Any
-    ) -> None:
+    def fill_keyed(self, law: Law, tensor: Tensor, key: Key | None) -> None:
         self._written.add(geometry.storage_id(tensor))
-        self._plan.fill_keyed(function, tensor, args, key, block)
+        self._plan.fill_keyed(law, tensor, key)
 
     def read(self, t: Tensor, how: str) -> None:
         if _is_simple(t) and geometry.storage_id(t) in self._written | self._constants:
@@ -391,9 +391,10 @@ class _Walk(Mode, Recorder):
                 written[0] = True
                 self._written.add(keys[0])
         if func in FILLS and written[0] and not any(written[1:]):
-            fill = probe.proved(FILLS[func](args[0], args, kwargs, False))
-            if fill is not None:
-                self.add([fill])
+            law = FILLS[func](args, kwargs)
+            fill = law and probe.proved(build.one(law, args[0], kwargs.get("generator")))
+            if law is not None and fill is not None:
+                self.add([fill], law)
                 return args[0]
         if not any(written):
             if random or (func._schema.is_mutable and keys[0] in self._constants):
@@ -407,7 +408,7 @@ class _Walk(Mode, Recorder):
                 func(*args, **kwargs)
 
         self._constants.update(key for key, known in zip(keys, written) if not known)
-        self._plan.call(functools.partial(again), tensors[0])
+        self._plan._append(again)
         return args[0] if func._schema.returns else None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastinit import execute
-from fastinit.core import build, geometry, kernels, recording
+from fastinit.core import build, geometry, kernels, laws, recording
 from fastinit.core import fill as fill_
 from fastinit.core.fill import Fill
 from fastinit.cuda import fills as cuda_fills
@@ -167,7 +167,7 @@ def _fills(op: str, t: Tensor, a: float, b: float, g: torch.Generator) -> list[F
     if op == "constant":
         return [build.constant(t, a)]
     if op == "diagonal":
-        return [build.diagonal(t, 0)]
+        return [build.diagonal(t, laws.eye(t))]
     return [build.normal(t, 0.0, b, g), build.sparse_mask(t, 20)]
 
 

@@ -11,7 +11,6 @@ before they are overwritten, or their storage dies, are never done.
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -27,12 +26,13 @@ from fastinit.capture.keys import Keys, Numbers
 from fastinit.capture.operators import PLAIN, leaves
 from fastinit.capture.pending import Memory, Stage, is_all, pieces, stages
 from fastinit.capture.report import Report, Written, caller
-from fastinit.core import build, geometry, laws, recording, shard, source
+from fastinit.core import build, geometry, keyed_numbers, recording, shard, source
 from fastinit.core import fill as fill_
 from fastinit.core.fill import Fill
 from fastinit.core.key import Key
+from fastinit.core.laws import Law
 from fastinit.core.mode import Mode
-from fastinit.core.recording import Recorder
+from fastinit.core.recording import Call, Recorder
 
 _MOST_PARTS = 1024  # pending keyed fills of one storage
 _MOST_STATES = 2048  # pending random fills, each with 5 KB of generator state
@@ -225,18 +225,18 @@ class Capture(Mode, Recorder):
 
     # ---- recording -----------------------------------------------------------------------------
 
-    def _fill(self, func: Any, args: Any, kwargs: dict[str, Any], build: operators.Build) -> Any:
+    def _fill(self, func: Any, args: Any, kwargs: dict[str, Any], law_of: operators.LawOf) -> Any:
         t = args[0]
         if len(args) > 1 and isinstance(args[1], Tensor) and self._pending:
             self._settle_arguments(func, args[1:], None)  # the value of fill_
         copied = self._copy_of(t)
         chosen = copied is not None and copied[0] is torch.ops.aten.select.int
-        if chosen and operators.random_call(func, args, kwargs) is None:  # a padding row, say
+        if chosen and operators.drawn_law(func, args, kwargs) is None:  # a padding row, say
             here = shard.selected(*copied[1])  # type: ignore[index]
-            return t if here is None else self._fill(func, (here, *args[1:]), kwargs, build)
+            return t if here is None else self._fill(func, (here, *args[1:]), kwargs, law_of)
         ours = self.seed is not None and (type(t) in PLAIN or shard.is_distributed(t))
-        if ours and (call := operators.random_call(func, args, kwargs)):
-            self._keep(t, laws.law_of(call[0], t.dtype, t.shape, call[1:]))
+        if ours and (law := operators.drawn_law(func, args, kwargs)):
+            self._keep(t, law)
             return t
         memory = self._memory_of(t)
         if type(t) not in PLAIN:
@@ -246,7 +246,11 @@ class Capture(Mode, Recorder):
             return func(*args, **kwargs)
         if not geometry.is_here(t):
             return self._run(func, args, kwargs)
-        fill = None if t.is_neg() else probe.proved(build(t, args, kwargs, memory is not None))
+        law = None if t.is_neg() else law_of(args, kwargs)
+        fill = None
+        if law is not None:
+            generator = kwargs.get("generator")
+            fill = probe.proved(build.one(law, t, generator, memory is not None))
         if fill is not None:
             if memory is not None and self._record(memory, fill):
                 return t
@@ -276,27 +280,23 @@ class Capture(Mode, Recorder):
 
     # ---- the keyed stream ----------------------------------------------------------------------
 
-    def fill_keyed(
-        self, function: str, tensor: Tensor, args: Any, key: Key | None, block: Any
-    ) -> None:
-        if laws.draws(function) or function in ("eye_", "dirac_"):
-            law = laws.law_of(function, tensor.dtype, shard.global_shape(tensor, block[0]), args)
-        else:  # as torch does it, whatever the type
-            value = args[0] if args else float(function == "ones_")
-            shard.slabs(tensor, *block)  # raises
+    def fill_keyed(self, law: Law, tensor: Tensor, key: Key | None) -> None:
+        if law.op == "constant":  # as torch does it, whatever the type
             with torch.no_grad():
-                tensor.fill_(value)
+                tensor.fill_(*law.numbers)
             return
-        slabs = None if block == (None, None) else shard.slabs(tensor, *block)
-        owner = None if key is None or not law.is_random else key.take()
-        if law.is_random and self.seed is None and owner is None:
-            raise ValueError(f"{function} of a part of a tensor needs generator=fastinit.Key(...)")
+        slabs, owner = None, None
+        if key is not None:
+            if key.global_shape is not None:
+                slabs = shard.slabs(tensor, key.global_shape, key.offset)
+            owner = key.take()
         self._keep(tensor, law, slabs, owner)
         if not (tensor.is_meta or tensor.is_inference()):
             torch.autograd.graph.increment_version(tensor)
 
-    def _keep(self, t: Tensor, law: laws.Law, slabs: Any = None, owner: Any = None) -> None:
+    def _keep(self, t: Tensor, law: Law, slabs: Any = None, owner: Any = None) -> None:
         """Record a law for a tensor, or write it at once. `owner`: the key and what to call it."""
+        law = keyed_numbers.checked(law, t.dtype)
         self._refuse_copy(t)
         here = shard.local(t)
         numbered = owner is None and law.is_random and bool(self.report.roots)
@@ -311,7 +311,7 @@ class Capture(Mode, Recorder):
         if self.watch is not None:
             self.watch(t)
         memory = self._memory_of(here)
-        a, b = (*law.p, 0.0)[:2]
+        a, b = (0.0, 0.0) if law.op == "diagonal" else (*law.numbers, 0.0)[:2]
         fill = Fill(here, law.op, a, b, items=here.numel(), law=law, slabs=slabs)
         self._keys.place(fill, here)
         fill.caller = caller()
@@ -381,29 +381,31 @@ class Capture(Mode, Recorder):
         return out
 
     def _factory(
-        self, func: Any, args: Any, kwargs: dict[str, Any], spec: tuple[Any, int, operators.Build]
+        self, func: Any, args: Any, kwargs: dict[str, Any], spec: tuple[Any, int, operators.LawOf]
     ) -> Any:
         """What is empty and a fill: zeros, full_like, new_ones, rand, ..."""
-        empty, count, build = spec
+        empty, count, law_of = spec
         if self.seed is not None and args and shard.is_distributed(args[0]):
-            call = operators.random_call(func, args, kwargs)
-            if call is None:
+            law = operators.drawn_law(func, args, kwargs)
+            if law is None:
                 return self._run(func, args, kwargs)
             out = self._empty(empty, args[:count], kwargs)
-            self._keep(out, laws.law_of(call[0], out.dtype, out.shape, call[1:]))
+            self._keep(out, law)
             return out
         least = geometry.MIN_NATIVE if self.seed is None else 1
         native = operators.makes_native(args, kwargs, least)
         if native and self.seed is not None:
-            call = operators.random_call(func, args, kwargs)
-            if call is not None:
+            law = operators.drawn_law(func, args, kwargs)
+            if law is not None:
                 out = empty(*args[:count], **kwargs)
                 self.adopt(out)
-                self._keep(out, laws.law_of(call[0], out.dtype, out.shape, call[1:]))
+                self._keep(out, law)
                 return out
         if native and self._may_wait():
             out = empty(*args[:count], **kwargs)
-            fill = probe.proved(build(out, args, kwargs, False))
+            law = law_of(args, kwargs)
+            generator = kwargs.get("generator")
+            fill = None if law is None else probe.proved(build.one(law, out, generator))
             self.adopt(out)
             memory = self._memory_of(out)
             if fill is not None and memory is not None and self._record(memory, fill):
@@ -630,7 +632,7 @@ class Capture(Mode, Recorder):
             device >= 0 and self._memory_of(t) is not None
         )
 
-    def add(self, fills: list[Fill]) -> None:
+    def add(self, fills: list[Fill], law: Law) -> None:
         """Fills from fastinit's own functions, which come without an operator."""
         for fill in fills:
             t = fill.tensor
@@ -656,33 +658,35 @@ class Capture(Mode, Recorder):
         extent = geometry.in_storage(fill.tensor)
         self._wrote(fill.tensor, Written.of(fill)._replace(extent=extent))
 
-    def call(self, function: functools.partial[Any], tensor: Tensor, overwrites: bool) -> None:
-        """A function that fastinit leaves to torch, in most cases because it is small.
+    def call(self, call: Call) -> None:
+        """Make a call that fastinit leaves to torch, in most cases because it is small.
 
         A way through the mode costs each of its operators 3 us, so it is made without if possible.
         """
+        tensor = call.tensor
         if (
             not recording.modes_allow()  # first: a function mode would see the others
             or self.watch is not None
             or type(tensor) not in PLAIN
             or not geometry.is_here(tensor)
             or tensor.layout is not torch.strided
-            or any(isinstance(x, Tensor) for x in function.args[1:])
+            or any(isinstance(x, Tensor) for x in call.args)
         ):
-            function()
+            call()
             return
         memory = self._pending.get(geometry.storage_id(tensor))
+        overwrites = call.name.startswith("orthogonal")
         if memory is None or (overwrites and is_all(tensor)):
             version = 0 if memory is None else tensor._version
-            self._wrote(tensor, Written.small(tensor, function.func.__name__, 0.0, 0.0, caller()))
+            self._wrote(tensor, Written.small(tensor, call.name, 0.0, 0.0, caller()))
             try:
                 with torch._C._DisableTorchDispatch():
-                    function()
+                    call()
             finally:  # it may fail before or after it has written
                 if memory is not None and tensor._version != version:
                     self._forget(memory)
         else:
-            function()
+            call()
 
 
 def _is_fake(t: Any) -> bool:

@@ -11,61 +11,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastinit.core import build, geometry, kernels, source
-from fastinit.core.fill import Fill
+from fastinit.core import geometry, kernels, laws, source
+from fastinit.core.laws import Law
 
 _aten = torch.ops.aten
 PLAIN = (Tensor, nn.Parameter)  # types whose values are what is in their storage
 
-# (tensor to fill, arguments of the operator, its keywords, accepted: see plan.py)
-Build = Callable[[Tensor, Any, dict[str, Any], bool], "Fill | None"]
+# The law of an operator from its arguments and keywords; None: it is no law for the kernels.
+LawOf = Callable[[Any, dict[str, Any]], Law | None]
 
 
-def _uniform(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
+def _uniform(args: Any, kwargs: dict[str, Any]) -> Law:
     a = args[1] if len(args) > 1 else kwargs.get("from", 0.0)
     b = args[2] if len(args) > 2 else kwargs.get("to", 1.0)
-    return build.uniform(t, a, b, kwargs.get("generator"), accepted)
+    return laws.uniform(a, b)
 
 
-def _normal(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
+def _normal(args: Any, kwargs: dict[str, Any]) -> Law:
     mean = args[1] if len(args) > 1 else kwargs.get("mean", 0.0)
     std = args[2] if len(args) > 2 else kwargs.get("std", 1.0)
-    return build.normal(t, mean, std, kwargs.get("generator"), accepted)
+    return laws.normal(mean, std)
 
 
-def _value(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
+def _value(args: Any, kwargs: dict[str, Any]) -> Law | None:
     """fill_, full_like, new_full: the value comes last. One that is a tensor must be written."""
     value = args[-1]
     if isinstance(value, Tensor):
         if type(value) is not Tensor or not value.is_cpu or value.dim() != 0 or value.is_complex():
             return None
         value = value.item()
-    return build.constant(t, value, accepted)
+    return laws.constant(value)
 
 
-def _full(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
+def _full(args: Any, kwargs: dict[str, Any]) -> Law | None:
     """full without a dtype takes that of its value."""
     given = kwargs.get("dtype") is not None or type(args[1]) is float
-    return build.constant(t, args[1], accepted) if given else None
+    return laws.constant(args[1]) if given else None
 
 
-def _zero(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
-    return build.constant(t, 0.0, accepted)
+def _always(law: Law) -> LawOf:
+    return lambda args, kwargs: law
 
 
-def _one(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
-    return build.constant(t, 1.0, accepted)
+_zero, _one = _always(laws.constant(0.0)), _always(laws.constant(1.0))
+_rand, _randn = _always(laws.uniform(0.0, 1.0)), _always(laws.normal(0.0, 1.0))
 
-
-def _rand(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
-    return build.uniform(t, 0.0, 1.0, None, accepted)
-
-
-def _randn(t: Tensor, args: Any, kwargs: dict[str, Any], accepted: bool) -> Fill | None:
-    return build.normal(t, 0.0, 1.0, None, accepted)
-
-
-FILLS: dict[Any, Build] = {
+FILLS: dict[Any, LawOf] = {
     _aten.uniform_.default: _uniform,
     _aten.normal_.default: _normal,
     _aten.fill_.Scalar: _value,
@@ -74,27 +65,21 @@ FILLS: dict[Any, Build] = {
 }
 
 
-def random_call(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """The function of torch.nn.init that draws the same, and its numbers; None: with a generator
-    of the caller's own, or no such operator."""
+def drawn_law(func: Any, args: Any, kwargs: dict[str, Any]) -> Law | None:
+    """Return the law of an operator that draws from a default generator; None for others."""
     generator = kwargs.get("generator")
     if func not in _RANDOM or not (generator is None or source.is_default(generator)):
         return None
-    name, first, second, defaults = _RANDOM[func]
-    if not first:
-        return name, *defaults
-    a = args[1] if len(args) > 1 else kwargs.get(first, defaults[0])
-    b = args[2] if len(args) > 2 else kwargs.get(second, defaults[1])
-    return name, a, b
+    return _RANDOM[func](args, kwargs)
 
 
-_RANDOM: dict[Any, tuple[str, str, str, tuple[float, float]]] = {
-    _aten.uniform_.default: ("uniform_", "from", "to", (0.0, 1.0)),
-    _aten.normal_.default: ("normal_", "mean", "std", (0.0, 1.0)),
-    _aten.rand.default: ("uniform_", "", "", (0.0, 1.0)),
-    _aten.rand_like.default: ("uniform_", "", "", (0.0, 1.0)),
-    _aten.randn.default: ("normal_", "", "", (0.0, 1.0)),
-    _aten.randn_like.default: ("normal_", "", "", (0.0, 1.0)),
+_RANDOM: dict[Any, LawOf] = {
+    _aten.uniform_.default: _uniform,
+    _aten.normal_.default: _normal,
+    _aten.rand.default: _rand,
+    _aten.rand_like.default: _rand,
+    _aten.randn.default: _randn,
+    _aten.randn_like.default: _randn,
 }
 
 
@@ -152,7 +137,7 @@ EMPTY = (
 SAME = (_aten.detach.default, _aten.alias.default, _aten.as_strided.default, _aten.view.default)
 
 # Each is one of EMPTY with the same first arguments (how many), and a fill.
-FACTORIES: dict[Any, tuple[Any, int, Build]] = {
+FACTORIES: dict[Any, tuple[Any, int, LawOf]] = {
     _aten.zeros.default: (_empty, 1, _zero),
     _aten.ones.default: (_empty, 1, _one),
     _aten.full.default: (_empty, 1, _full),

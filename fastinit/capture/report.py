@@ -73,8 +73,8 @@ class Written(NamedTuple):
         bounds, scale, key = fill.bounds, fill.scale, ""
         if fill.law is not None:
             key = fill.owner[1] if isinstance(fill.owner, tuple) and fill.law.is_random else ""
-            bounds = fill.law.p[2:4] if fill.op == "trunc_normal" else None
-            scale = fill.law.p[0]
+            bounds = fill.law.numbers[2:4] if fill.op == "trunc_normal" else None
+            scale = fill.law.numbers[0]
         dtype = fill.tensor.dtype
         extent, caller = fill.extent, fill.caller
         return cls(fill.op, fill.a, fill.b, fill.items, dtype, extent, caller, bounds, scale, key)

@@ -58,7 +58,7 @@ def _shard(name: str, shape: tuple[int, int], offset: tuple[int, int]) -> Case:
     def fill(f: Any) -> Tensor:
         if f is not fastinit:
             return fastinit.normal_(whole, generator=key)
-        return fastinit.normal_(part, generator=key, global_shape=whole.shape, offset=offset)
+        return fastinit.normal_(part, generator=key.part(whole.shape, offset))
 
     both: list[Callable[[], Tensor]] = [lambda: fill(torch.nn.init), lambda: fill(fastinit)]
     everything, here = (f() for f in both)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastinit.capture.operators import PLAIN
 from fastinit.capture.report import Written
-from fastinit.core import laws
+from fastinit.core import keyed_numbers, laws
 
 CHUNK = 1 << 18  # elements that are float64 at a time: 2 MiB
 _SHAPELESS = ("constant_", "zeros_", "ones_", "uniform_", "normal_", "trunc_normal_")
@@ -135,7 +135,8 @@ def _parts(w: Written, shape: Sequence[int], n: int) -> list[Part]:
         return []
     try:
         values = [value for _, value in arguments]
-        law, p, sizes, *_ = laws.law_of(name, w.dtype, shape or (n,), values)
+        found = laws.of_shape(name, w.dtype, shape or (n,), values)
+        law, p, sizes = keyed_numbers.checked(found, w.dtype)
     except Exception:  # whatever torch's function or ours says to these arguments
         return []
     if law == "orthogonal":  # unit vectors times gain

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Fills from the arguments of torch's functions, where the kernels can do what torch would."""
+"""Fills that write a law in torch's words, where the kernels can do what torch would.
+
+Numbers, dtypes and layouts outside of what has been thought through give no fill; torch then does
+it, with whatever error or warning it has.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from fastinit.core import geometry, laws, source
 from fastinit.core.fill import Fill
+from fastinit.core.laws import Law
 
 _LARGEST = {torch.float16: 3e4}  # |parameters| up to here cannot leave the dtype's range,
 _LARGEST_OTHER = 1e37  # nor can the difference of two
@@ -19,7 +25,7 @@ _SMALLEST_RANGE = 1e-30  # of uniform_: the 2^24th part of it is a normal float3
 
 
 def _number(value: object, dtype: torch.dtype) -> float | None:
-    """A finite int or float that all dtypes' checks would let pass."""
+    """Return a finite int or float that all dtypes' checks would let pass; None for others."""
     if type(value) is not float and type(value) is not int:
         return None
     if type(value) is int and abs(value) > 1 << 53:  # torch rounds these more than once
@@ -41,7 +47,46 @@ def _describe(
     return Fill(t, op, x, y, words, *layout, t.numel(), device=device)
 
 
-# `accepted`: the caller knows that `accepts(t)`.
+def ways(law: Law, t: Tensor, generator: object, accepted: bool = False) -> Iterator[list[Fill]]:
+    """Yield the ways to write a law: fills to be done one after the other, best way first.
+
+    Args:
+        generator: None for torch's default one
+        accepted: the caller knows that `geometry.accepts(t)`
+    """
+    for found in _ways(law, t, generator, accepted):
+        if all(found):
+            yield found  # type: ignore[misc]
+
+
+def one(law: Law, t: Tensor, generator: object, accepted: bool = False) -> Fill | None:
+    """Return the fill of a law that takes one fill and has one way: uniform, normal, constant."""
+    return next(_ways(law, t, generator, accepted))[0]
+
+
+def _ways(law: Law, t: Tensor, generator: object, accepted: bool) -> Iterator[list[Fill | None]]:
+    on_gpu = geometry.device_of(t) >= 0
+    if law.op == "constant":
+        yield [constant(t, law.numbers[0], accepted)]
+    elif law.op == "diagonal":
+        yield [diagonal(t, law)]
+    elif law.op == "orthogonal":
+        yield [orthogonal(t, law, generator)]
+    elif law.op == "trunc_normal":
+        mean, std, a, b = law.numbers
+        yield [trunc_normal(t, mean, std, a, b, generator)]
+        if on_gpu:
+            yield [trunc_erfinv(t, mean, std, a, b, generator)]
+    else:
+        a, b = law.numbers
+        if law.op == "uniform":
+            yield [uniform(t, a, b, generator, accepted)]
+        elif law.op == "normal":
+            yield [normal(t, a, b, generator, accepted)]
+        elif on_gpu:
+            yield [sparse(t, b, law.shape[2], generator)]
+        else:
+            yield [normal(t, a, b, generator), sparse_mask(t, law.shape[2])]
 
 
 def uniform(
@@ -70,7 +115,7 @@ def normal(
 def trunc_normal(
     t: Tensor, mean: object, std: object, a: object, b: object, generator: object
 ) -> Fill | None:
-    """Where torch would reject proposals of normal_, which it does if most are inside [a, b]."""
+    """Return a fill by rejection, as torch does it if more than 30 % of its draws lie in [a, b]."""
     known = _truncated(t, mean, std, a, b, generator)
     if known is None:
         return None
@@ -95,7 +140,7 @@ def trunc_normal(
 def trunc_erfinv(
     t: Tensor, mean: object, std: object, a: object, b: object, generator: object
 ) -> Fill | None:
-    """The same of torch before 2.12: by the inverse of the distribution. On GPUs only."""
+    """Return a fill by the inverse of the distribution, as torch before 2.12 does it; on GPUs."""
     known = _truncated(t, mean, std, a, b, generator)
     if known is None or known[0].device < 0:
         return None
@@ -111,7 +156,7 @@ def trunc_erfinv(
 def _truncated(
     t: Tensor, mean: object, std: object, a: object, b: object, generator: object
 ) -> tuple[Fill, float, float, float, float] | None:
-    """As normal; the bounds; what of the distribution lies below each. None: torch warns."""
+    """Return a fill of normals, the bounds, and the mass below each; None where torch warns."""
     fill = normal(t, mean, std, generator)
     low, high = _number(a, t.dtype), _number(b, t.dtype)
     if fill is None or low is None or high is None or fill.b == 0:
@@ -126,7 +171,7 @@ def _truncated(
 
 
 def _reach(fill: Fill) -> float:
-    """How far from the mean a draw can be: sqrt(-2 log u) with the smallest u > 0, and rounding."""
+    """Return how far from the mean a draw can be: sqrt(-2 log u) of the smallest u > 0, rounded."""
     float_words = fill.op == "normal" and fill.tensor.dtype is not torch.float64
     bits = 24 if float_words else 53
     if fill.device >= 0:  # (word + 1/2) / 2^32, or of 53 bits
@@ -142,19 +187,20 @@ def constant(t: Tensor, value: object, accepted: bool = False) -> Fill | None:
     return fill
 
 
-def diagonal(t: Tensor, groups: int) -> Fill | None:
-    """eye_ of a matrix (groups = 0), dirac_ of 3 to 5 dimensions."""
+def diagonal(t: Tensor, law: Law) -> Fill | None:
+    """Return a fill of eye_ of a matrix, or of dirac_ of 3 to 5 dimensions."""
+    (groups,) = law.numbers
     fill = constant(t, 0)
     if fill is None or fill.layout != "contiguous" or type(groups) is not int or groups < 0:
         return None
-    fill.op, fill.shape = "diagonal", laws.diagonal_of(t.shape, groups)
+    fill.op, fill.shape = "diagonal", law.shape
     if groups != 0:
-        fill.bumps = 1 + groups * fill.shape[2]
+        fill.bumps = 1 + groups * law.shape[2]
     return fill
 
 
 def sparse_mask(t: Tensor, zeros: int) -> Fill | None:
-    """The zeros of sparse_; torch draws them from the default generator whatever is asked for."""
+    """Return a fill of the zeros of sparse_; torch draws them from the default generator always."""
     rows, columns = t.shape
     fill = constant(t, 0)
     if fill is None or fill.device >= 0 or fill.layout != "contiguous":
@@ -168,7 +214,7 @@ def sparse_mask(t: Tensor, zeros: int) -> Fill | None:
 
 
 def sparse(t: Tensor, std: object, zeros: int, generator: object) -> Fill | None:
-    """Normals and zeros of sparse_ together, on a GPU."""
+    """Return a fill of the normals and zeros of sparse_ together, on a GPU."""
     rows, columns = t.shape
     fill = normal(t, 0.0, std, generator)
     if fill is None or fill.device < 0 or fill.layout != "contiguous":
@@ -179,22 +225,23 @@ def sparse(t: Tensor, std: object, zeros: int, generator: object) -> Fill | None
     return fill
 
 
-def orthogonal(
-    t: Tensor, gain: object, generator: object, rows: int, count: int = 1
-) -> Fill | None:
-    """`count` matrices of normals, drawn at once, and their orthogonal factors times gain."""
-    fill = normal(t, 0.0, 1.0, generator)
-    if fill is None or not t.is_contiguous():
+def orthogonal(t: Tensor, law: Law, generator: object) -> Fill | None:
+    """Return a fill of the normals of all matrices at once, and of their factors times the gain."""
+    count, rows, cols = law.shape
+    fill, gain = normal(t, 0.0, 1.0, generator), laws.gain_of(law.numbers[0])
+    if fill is None or gain is None or not t.is_contiguous():
         return None
-    scale = laws.gain_of(gain)
-    if scale is None or (count == 1 and is_narrow(rows, fill.items // rows, t.dtype)):
+    if count == 1 and is_narrow(rows, cols, t.dtype):
         return None
-    fill.op, fill.scale, fill.bumps, fill.rank = "orthogonal", scale, 2, 0
-    fill.shape = (rows, fill.items // count // rows, count, 0, 0, 0, 0, 0)
+    fill.op, fill.scale, fill.bumps, fill.rank = "orthogonal", gain, 2, 0
+    fill.shape = (rows, cols, count, 0, 0, 0, 0, 0)
     return fill
 
 
 def is_narrow(rows: int, cols: int, dtype: torch.dtype) -> bool:
-    """A few columns, of which ours would work on sixteen; torch does not for 16-bit types."""
+    """Return whether a matrix is left to torch, as our factorisation works on at least 16 columns.
+
+    Matrices of 16-bit types are not, as torch has no factorisation for them.
+    """
     small, large = sorted((rows, cols))
     return 1 < small <= 16 and large >= 4096 and dtype.itemsize > 2

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,13 +28,12 @@ class Key:
         >>> import torch, fastinit
         >>> key = fastinit.Key(42)
         >>> w = fastinit.normal_(torch.empty(3), generator=key.named("w"))
-        >>> part = torch.empty(2)
-        >>> _ = fastinit.normal_(part, generator=key.named("w"), global_shape=(3,), offset=(1,))
+        >>> part = fastinit.normal_(torch.empty(2), generator=key.named("w").part((3,), (1,)))
         >>> torch.equal(w[1:], part)
         True
     """
 
-    __slots__ = ("_lock", "_next", "name", "seed")
+    __slots__ = ("_counter", "global_shape", "name", "offset", "seed")
 
     def __init__(self, seed: int, name: str | None = None) -> None:
         if isinstance(seed, bool | Tensor):
@@ -48,12 +48,38 @@ class Key:
             raise TypeError(f"a name is a str, not {type(name).__name__}")
         self.seed = seed % _SEEDS
         self.name = name
-        self._next = 0
-        self._lock = threading.Lock()
+        self.global_shape: tuple[int, ...] | None = None  # of the parameter, for a part of it
+        self.offset: tuple[int, ...] | None = None  # of the part, in elements per dimension
+        self._counter = _Counter(0)
 
     def named(self, name: str) -> Key:
-        """The key of one parameter."""
-        return Key(self.seed, name)
+        """Return the key of one parameter."""
+        return Key(self.seed, name)._placed(self.global_shape, self.offset)
+
+    def part(self, global_shape: Sequence[int], offset: Sequence[int]) -> Key:
+        """Return the key for a tensor that is a part of a parameter.
+
+        The part gets the numbers that the whole parameter has in its place.
+
+        Args:
+            global_shape: of the whole parameter; the fan and the shape of matrices are those of it
+            offset: where in the whole the tensor begins, for each dimension
+
+        The functions raise ValueError if a tensor at `offset` does not lie within the whole, or is
+        a DTensor, which knows its own place.
+        """
+        shape, at = (tuple(map(operator.index, x)) for x in (global_shape, offset))
+        return self._following()._placed(shape, at)
+
+    def _following(self) -> Key:
+        """Return an equal key, which takes its running numbers from the same counter."""
+        key = Key(self.seed, self.name)
+        key._counter = self._counter
+        return key
+
+    def _placed(self, shape: tuple[int, ...] | None, offset: tuple[int, ...] | None) -> Key:
+        self.global_shape, self.offset = shape, offset
+        return self
 
     @property
     def philox(self) -> int:
@@ -63,27 +89,48 @@ class Key:
         return derived(self.seed, "/" + self.name)
 
     def take(self) -> tuple[int, str]:
-        """For one fill: Philox's key, and what to call it."""
+        """Return Philox's key for one fill, and what to call it."""
         if self.name is not None:
             return self.philox, self.name
-        with self._lock:
-            label = f"#{self._next}"
-            self._next += 1
+        label = f"#{self._counter.take()}"
         return derived(self.seed, label), label
 
     def __copy__(self) -> Key:
         return self  # a copy that began anew would give the same numbers twice
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (type(self), self.seed, self.name, self._next)
+        place = self.global_shape, self.offset
+        return _restored, (type(self), self.seed, self.name, self._counter.following, place)
 
     def __repr__(self) -> str:
-        return f"Key({self.seed})" if self.name is None else f"Key({self.seed}, {self.name!r})"
+        named = f"Key({self.seed})" if self.name is None else f"Key({self.seed}, {self.name!r})"
+        return named if self.offset is None else f"{named}.part({self.global_shape}, {self.offset})"
 
 
-def _restored(kind: type[Key], seed: int, name: str | None, following: int) -> Key:
-    key = kind(seed, name)
-    key._next = following
+class _Counter:
+    """Running numbers, shared by the parts of one key."""
+
+    __slots__ = ("_lock", "following")
+
+    def __init__(self, following: int) -> None:
+        self.following = following
+        self._lock = threading.Lock()
+
+    def take(self) -> int:
+        with self._lock:
+            self.following += 1
+            return self.following - 1
+
+
+def _restored(
+    kind: type[Key],
+    seed: int,
+    name: str | None,
+    following: int,
+    place: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None),
+) -> Key:
+    key = kind(seed, name)._placed(*place)
+    key._counter = _Counter(following)
     return key
 
 

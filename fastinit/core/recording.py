@@ -4,16 +4,36 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from fastinit.core import laws
 from fastinit.core.fill import Fill
 from fastinit.core.key import Key
+from fastinit.core.laws import Law
+
+
+class Call(NamedTuple):
+    """A function of torch.nn.init that is left to torch, and its arguments."""
+
+    function: Callable[..., Tensor]
+    name: str  # of torch.nn.init's function whose law it writes
+    tensor: Tensor
+    args: tuple[Any, ...]  # without the generator
+    generator: object  # None for functions without one; torch says what else it refuses
+
+    def __call__(self) -> Tensor:
+        if laws.draws(self.name):
+            return self.function(self.tensor, *self.args, self.generator)
+        return self.function(self.tensor, *self.args)
+
+    def law(self) -> Law:
+        return laws.of_shape(self.name, self.tensor.dtype, self.tensor.shape, self.args)
 
 
 class Recorder:
@@ -33,18 +53,16 @@ class Recorder:
         """Return whether a fill of this tensor is worth a record."""
         return True
 
-    def add(self, fills: list[Fill]) -> None:
-        """Record the fills of one call."""
+    def add(self, fills: list[Fill], law: Law) -> None:
+        """Record fills, which together write the law of one call."""
         raise NotImplementedError
 
-    def call(self, function: partial[Any], tensor: Tensor, overwrites: bool) -> None:
-        """Record a call that fastinit leaves to torch; `overwrites`: all of the tensor."""
+    def call(self, call: Call) -> None:
+        """Record a call that fastinit leaves to torch."""
         raise NotImplementedError
 
-    def fill_keyed(
-        self, function: str, tensor: Tensor, args: Any, key: Key | None, block: Any
-    ) -> None:
-        """Record a function of torch.nn.init with the numbers of a Key, or of the seed if None."""
+    def fill_keyed(self, law: Law, tensor: Tensor, key: Key | None) -> None:
+        """Record a law with the numbers of a Key; None: of the recorder's seed."""
         raise NotImplementedError
 
     # ---- what a hook has seen ----------------------------------------------------------------

@@ -52,7 +52,7 @@ class Batch:
         out = work.tensor.detach().view(count, rows, cols)
         each, dtype = fill_.packed_items(rows, cols), fill_.gaussian_dtype(out.dtype)
         drawn = torch.empty((count, each), dtype=dtype, device=out.device)
-        self.factor(drawn, out, work.law.p[0])
+        self.factor(drawn, out, float(work.law.numbers[0]))
         return Work(laws.normal(0.0, 1.0), work.key, drawn, whole(count * each))
 
     def finish(self) -> None:

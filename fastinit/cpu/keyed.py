@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fastinit.core import geometry, kernels
+from fastinit.core import geometry, kernels, keyed_numbers
 from fastinit.core.shard import MOST_DIMS
 from fastinit.core.work import Batch, Work
 from fastinit.cpu import qr as cpu_qr
@@ -61,7 +61,8 @@ def run(works: Iterable[Work]) -> None:
 def packed(work: Work) -> list[bytes]:
     law, key, t, slabs = work
     base, size, dtype = geometry.address_of(t), t.element_size(), geometry.DTYPES[t.dtype]
-    p = (*law.p, *_NOTHING[: 7 - len(law.p)])
+    p = keyed_numbers.for_kernels(law, t.dtype)
+    p = (*p, *_NOTHING[: 7 - len(p)])
     result = []
     op = kernels.OPS["normal" if law.op == "sparse" else law.op]
     of_whole = law.shape if law.op == "diagonal" else _NOTHING

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fastinit import _cpu
-from fastinit.core import laws, shard
+from fastinit.core import keyed_numbers, laws, shard
 from fastinit.core.kernels import _cuda
 from fastinit.core.shard import Slab
 from fastinit.core.work import Work
@@ -49,7 +49,7 @@ def work_of(
     key: int = KEY,
 ) -> Work:
     shape = t.shape if whole is None else whole
-    law = laws.law_of(call[0], t.dtype, shape, call[1])
+    law = keyed_numbers.checked(laws.of_shape(call[0], t.dtype, shape, call[1]), t.dtype)
     return Work(law, key, t.detach(), shard.slabs(t.detach(), whole, offset))
 
 
@@ -190,7 +190,7 @@ def test_several_slabs(dtype: torch.dtype) -> None:
         Slab(402, 2000, ((30, 1, 31), (31, 30, 1))[::-1]),
     ]
     for call in RANDOM[:2]:
-        law = laws.law_of(call[0], dtype, (5000,), call[1])
+        law = keyed_numbers.checked(laws.of_shape(call[0], dtype, (5000,), call[1]), dtype)
         assert_same([Work(law, KEY, fresh(2000, dtype=dtype), slabs)])
 
 

@@ -32,18 +32,23 @@ CASES: dict[str, tuple[tuple[Any, ...], tuple[int, ...]]] = {
     "dirac_": ((2,), (6, 5, 3, 3)),
     "constant_": ((0.7,), (37, 45)),
 }
-FAR = {"global_shape": (1 << 20, 1 << 20), "offset": (1 << 19, 12345)}  # elements beyond 2^32
+FAR = (
+    (1 << 20, 1 << 20),
+    (1 << 19, 12345),
+)  # a part of which whole, and where: elements beyond 2^32
 
 
 def digest(t: torch.Tensor) -> str:
     return hashlib.sha256(t.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
-def fill(name: str, dtype: torch.dtype, **block: Any) -> torch.Tensor:
+def fill(name: str, dtype: torch.dtype, *part: tuple[int, ...]) -> torch.Tensor:
     args, shape = CASES[name]
-    if name not in ("eye_", "dirac_", "constant_"):
-        block["generator"] = fastinit.Key(2026, "golden/" + name)
-    return getattr(fastinit, name)(torch.empty(shape, dtype=dtype), *args, **block)  # type: ignore[no-any-return]
+    key = fastinit.Key(2026, "golden/" + name)
+    options = {"generator": key.part(*part) if part else key}
+    if name in ("eye_", "dirac_", "constant_"):
+        options = {}
+    return getattr(fastinit, name)(torch.empty(shape, dtype=dtype), *args, **options)  # type: ignore[no-any-return]
 
 
 def orthogonal(dtype: torch.dtype) -> torch.Tensor:
@@ -70,7 +75,7 @@ def current() -> dict[str, Any]:
         for name in CASES:
             found[f"{name} {kind}"] = digest(fill(name, dtype))
         for name in ("uniform_", "normal_", "trunc_normal_"):
-            found[f"{name} {kind} far"] = digest(fill(name, dtype, **FAR))
+            found[f"{name} {kind} far"] = digest(fill(name, dtype, *FAR))
         # Equal up to rounding of matrix products, so numbers.
         found[f"orthogonal_ {kind}"] = [round(x, 6) for x in orthogonal(dtype)[3].tolist()]
     key = fastinit.Key(2026)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -308,7 +309,7 @@ def test_running_numbers() -> None:
             fill("uniform_", (9,), generator=api.Key(7))
     fill("uniform_", (0,), generator=running)
     fill("normal_", (3, 0), generator=running)
-    fill("trunc_normal_", (0,), generator=running, global_shape=(5,), offset=(5,))
+    fill("trunc_normal_", (0,), generator=running.part((5,), (5,)))
     fill("sparse_", (4, 4), 0.5, generator=running)
     fill("kaiming_normal_", (4, 4), generator=running)
     expected = model.uniform(model.philox_key(7, number=17), upto(9), F32)
@@ -450,24 +451,17 @@ def some_blocks(whole: Sequence[int], count: int) -> list[tuple[list[int], list[
 @each_dtype
 @pytest.mark.parametrize("whole", WHOLES, ids=str)
 def test_blocks(dtype: torch.dtype, whole: tuple[int, ...]) -> None:
-    calls = [(call, {"generator": key()}) for call in LAWS]
-    calls += [(call, {}) for call in CONSTANTS]
-    if len(whole) > 1:
-        calls += [(call, {"generator": key()}) for call in OF_FANS]
+    calls = [*LAWS, *(OF_FANS if len(whole) > 1 else [])]
     if len(whole) == 2:
-        calls += [(("sparse_", (0.4, 0.3)), {"generator": key()}), (("eye_", ()), {})]
-    if len(whole) in (3, 4, 5):
-        calls.append((("dirac_", (1,)), {}))
-    if whole[0] % 2 == 0 and len(whole) > 2:
-        calls.append((("dirac_", (2,)), {}))
-    for (name, args), options in calls:
-        expected = fill(name, whole, *args, dtype=dtype, **options)
+        calls.append(("sparse_", (0.4, 0.3)))
+    for name, args in calls:
+        expected = fill(name, whole, *args, dtype=dtype, generator=key())
         for i, (offset, shape) in enumerate(some_blocks(whole, 12)):
             block = torch.full(shape, 13.0, dtype=dtype)
             if i % 2:  # transposed in memory
                 block = torch.full(shape[::-1], 13.0, dtype=dtype).permute(*range(len(shape))[::-1])
-            place: dict[str, Any] = {"global_shape": whole, "offset": tuple(offset)}
-            fill(name, block, *args, **options, **place)
+            place = key().part(whole, tuple(offset))
+            fill(name, block, *args, generator=place)
             where = tuple(slice(o, o + n) for o, n in zip(offset, shape))
             assert_bits(block, expected[where], (name, args, offset, shape))
 
@@ -479,8 +473,8 @@ def test_pieces(dtype: torch.dtype, name: str, args: tuple[float, ...]) -> None:
     n = 70_001
     expected = fill(name, (n,), *args, dtype=dtype, generator=key())
     for k in (*range(1, 19), 63, 64, 65, 4099, n - 1):
-        place: dict[str, Any] = {"global_shape": (n,), "offset": (k,)}
-        found = fill(name, (n - k,), *args, dtype=dtype, generator=key(), **place)
+        place = key().part((n,), (k,))
+        found = fill(name, (n - k,), *args, dtype=dtype, generator=place)
         assert_bits(found, expected[k:], k)
 
 
@@ -499,13 +493,13 @@ def test_far_blocks(
 ) -> None:
     """Numbers of elements and of blocks of words above 2^32."""
     at = model.elements(whole, offset, shape)
-    place: dict[str, Any] = {"global_shape": whole, "offset": offset}
-    found = fill("uniform_", shape, -0.3, 0.7, dtype=dtype, generator=key(), **place)
+    place = key().part(whole, offset)
+    found = fill("uniform_", shape, -0.3, 0.7, dtype=dtype, generator=place)
     assert_bits(found, model.uniform(PHILOX, at, dtype, -0.3, 0.7))
     if dtype in (F32, F64):
-        found = fill("normal_", shape, dtype=dtype, generator=key(), **place)
+        found = fill("normal_", shape, dtype=dtype, generator=place)
         assert model.ulps(found, model.normal(PHILOX, at, dtype)).max() <= 2
-        found = fill("trunc_normal_", shape, dtype=dtype, generator=key(), **place)
+        found = fill("trunc_normal_", shape, dtype=dtype, generator=place)
         exact = model.trunc_normal(PHILOX, at, dtype, 0.0, 1.0, -2.0, 2.0)
         allowed = (4e-7 if dtype == F32 else 1e-13) + torch.finfo(dtype).eps
         assert np.abs(found.double().numpy() - exact).max() <= 2 * allowed
@@ -552,8 +546,8 @@ def test_threads(dtype: torch.dtype, name: str, args: tuple[float, ...]) -> None
         torch.set_num_threads(threads)
         flat = fill(name, (1_000_003,), *args, dtype=dtype, generator=key())
         turned = torch.empty(1009, 991, dtype=dtype).t()
-        place: dict[str, Any] = {"global_shape": (1000, 1050), "offset": (9, 41)}
-        fill(name, turned, *args, generator=key(), **place)
+        place = key().part((1000, 1050), (9, 41))
+        fill(name, turned, *args, generator=place)
         found.add(digest(flat, turned))
     assert len(found) == 1
 
@@ -581,11 +575,11 @@ DIGEST = """
                 for way in range(3):
                     base = torch.full(shape, 13.0, dtype=dtype)
                     t = (base, base.t(), base[:, ::2])[way]
-                    place = {}
+                    key = fastinit.Key(5, "w")
                     if way:
-                        place = {"global_shape": (700, 2**33), "offset": (2, 2**32 + 3)}
+                        key = key.part((700, 2**33), (2, 2**32 + 3))
                     if name != "sparse_" or not way:
-                        getattr(fastinit, name)(t, *args, generator=fastinit.Key(5, "w"), **place)
+                        getattr(fastinit, name)(t, *args, generator=key)
                     sha.update(base.view(integer).numpy().tobytes())
     print(fastinit._cpu.target(), sha.hexdigest())
 """
@@ -651,40 +645,48 @@ def test_random_laws_are_for_floats(dtype: torch.dtype, name: str, args: tuple[f
         fill(name, (8, 8), *args, dtype=dtype, generator=key())
 
 
-PLACES: list[dict[str, Any]] = [
-    {"global_shape": (16,), "offset": (0,)},
-    {"global_shape": (16, 16), "offset": (0,)},
-    {"global_shape": (16, 16, 1), "offset": (0, 0, 0)},
-    {"global_shape": (16, 16), "offset": (9, 0)},
-    {"global_shape": (16, 16), "offset": (0, 17)},
-    {"global_shape": (16, 7), "offset": (0, 0)},
-    {"global_shape": (16, 16), "offset": (-1, 0)},
+PLACES = [
+    ((16,), (0,)),
+    ((16, 16), (0,)),
+    ((16, 16, 1), (0, 0, 0)),
+    ((16, 16), (9, 0)),
+    ((16, 16), (0, 17)),
+    ((16, 7), (0, 0)),
+    ((16, 16), (-1, 0)),
 ]
 
 
-@pytest.mark.parametrize("place", PLACES, ids=str)
-@pytest.mark.parametrize(("name", "args"), [LAWS[0], OF_FANS[3], CONSTANTS[0]], ids=str)
-def test_places_that_are_none(name: str, args: tuple[float, ...], place: dict[str, Any]) -> None:
-    options = {} if name == "constant_" else {"generator": key()}
+@pytest.mark.parametrize(("whole", "offset"), PLACES, ids=str)
+@pytest.mark.parametrize(("name", "args"), [LAWS[0], OF_FANS[3]], ids=str)
+def test_places_that_are_none(
+    name: str, args: tuple[float, ...], whole: tuple[int, ...], offset: tuple[int, ...]
+) -> None:
     with pytest.raises(ValueError, match=r"\S"):
-        fill(name, (8, 8), *args, **options, **place)
+        fill(name, (8, 8), *args, generator=key().part(whole, offset))
 
 
-@pytest.mark.parametrize(("name", "args"), [*LAWS, *OF_FANS, ("sparse_", (0.3,))], ids=str)
-def test_places_need_a_key(name: str, args: tuple[float, ...]) -> None:
-    for generator in (None, torch.Generator()):
-        with pytest.raises(ValueError, match=r"\S"):
-            fill(name, (8, 8), *args, generator=generator, global_shape=(16, 8), offset=(8, 0))
+def test_parts_of_a_key() -> None:
+    """A part keeps seed, name and the running numbers of its key, and says what it is."""
+    running = api.Key(5)
+    part = running.part([4, 90], torch.Size([1, 0]))
+    assert (part.global_shape, part.offset) == ((4, 90), (1, 0))
+    assert repr(part) == "Key(5).part((4, 90), (1, 0))"
+    assert [running.take()[1], part.take()[1], running.take()[1]] == ["#0", "#1", "#2"]
+    twin = pickle.loads(pickle.dumps(part.named("w")))
+    assert (twin.name, twin.offset, twin.philox) == ("w", (1, 0), running.named("w").philox)
+    for wrong in ((4.0, 90), "ab", None):
+        with pytest.raises(TypeError):
+            running.part(wrong, (0, 0))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8], ids=str)
-def test_constants_of_integers(dtype: torch.dtype) -> None:
-    place: dict[str, Any] = {"global_shape": (20, 12), "offset": (3, 5)}
-    for name, args in [("constant_", (3,)), ("ones_", ()), ("zeros_", ()), ("eye_", ())]:
-        expected = getattr(torch_init, name)(torch.empty(20, 12, dtype=dtype), *args)
-        assert_bits(fill(name, (20, 12), *args, dtype=dtype), expected, name)
-        found = fill(name, (6, 7), *args, dtype=dtype, **place)
-        assert_bits(found, expected[3:9, 5:12], name)
+@pytest.mark.parametrize("name", ["uniform_", "kaiming_normal_", "orthogonal_", "eye_", "zeros_"])
+def test_what_to_write_instead_of_the_old_keywords(name: str) -> None:
+    """Up to 0.5 the functions took global_shape= and offset=."""
+    function: Any = getattr(fastinit, name)
+    with pytest.raises(TypeError, match=r"since 0\.6: (write|fill|a part)"):
+        function(torch.empty(4, 4), global_shape=(8, 8), offset=(0, 0))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'shape'"):
+        function(torch.empty(4, 4), shape=(8, 8))
 
 
 # ---- statistics: each check gives a probability; seeds are fixed, and what is wrong fails

@@ -1487,7 +1487,7 @@ def test_keys_in_a_block() -> None:
                 model = nn.ParameterList([torch.empty(n), torch.empty(n), torch.empty(3)])
                 fastinit.normal_(model[0], generator=Key(3, "x"))
                 fastinit.uniform_(model[0][:2], generator=Key(4, "y"))
-                fastinit.normal_(model[2], generator=Key(3, "z"), global_shape=(9,), offset=(4,))
+                fastinit.normal_(model[2], generator=Key(3, "z").part((9,), (4,)))
                 fastinit.ones_(model[1])
                 doubled = model[0].detach() * 2
             expected = keyed("normal_", (n,), name="x", seed=3)
@@ -1496,13 +1496,6 @@ def test_keys_in_a_block() -> None:
             assert equal(doubled, expected * 2)
             assert equal(model[2], keyed("normal_", (9,), name="z", seed=3)[4:7])
             assert keys(report) == {"0": "x, y", "1": "", "2": "z"}
-
-
-def test_parts_of_a_whole_in_a_block() -> None:
-    with seeded():
-        model = holder(3)
-        fastinit.normal_(model.w, global_shape=(5,), offset=(1,))
-    assert equal(model.w, keyed("normal_", (5,))[1:4])
 
 
 # ---- plans ---------------------------------------------------------------------------------------
@@ -1575,7 +1568,7 @@ def test_plans_without_names() -> None:
     plan.run(seed=SEED)
     expected = [numbered(f"#step.{i}", tuple(t.shape)) for i, t in enumerate(kept[:3])]
     assert all(map(equal, kept, expected))
-    part = numbered("#step.4", (3,), laws.uniform(F32, 0.0, 1.0))
+    part = numbered("#step.4", (3,), laws.uniform(0.0, 1.0))
     assert kept[3].tolist() == [0, 0, *part.tolist(), 0, 0, 0, 0]
 
 
@@ -1584,7 +1577,7 @@ def test_keys_in_plans() -> None:
     plan = Plan()
     plan.normal_(w, generator=Key(3, "x"))
     plan.normal_(v, generator=Key(3, "y"))
-    plan.uniform_(v[:2], generator=Key(3, "z"), global_shape=(4, 90), offset=(1, 0))
+    plan.uniform_(v[:2], generator=Key(3, "z").part((4, 90), (1, 0)))
     expected = keyed("normal_", (100, 90), name="y", seed=3)
     expected[:2] = keyed("uniform_", (4, 90), name="z", seed=3)[1:3]
     for seed in (None, None, SEED, 1):
