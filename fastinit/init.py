@@ -2,10 +2,7 @@
 """The functions of torch.nn.init: same signatures, same bits (orthogonal_: up to rounding), same
 errors.
 
-Each is one line: `_write` asks who writes the law of the function. With a `Key`, or in a scope with
-a seed, it is the keyed stream. Otherwise torch's words are written natively, if that kind of fill
-is proved equal (probe.py). Whatever is unusual (other devices, dtypes, layouts, subclasses, modes,
-arguments out of range) goes to torch's own function as it is.
+Each is one line, its law is in core/laws.py, and dispatch.py decides who writes it.
 """
 
 from __future__ import annotations
@@ -13,23 +10,28 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import Parameter
-from torch.nn import init as _torch_init
 
-from fastinit import execute, probe
-from fastinit.core import build, geometry, kernels, laws, recording, shard, source
-from fastinit.core.fill import Fill, gaussian_dtype
-from fastinit.core.key import Key
-from fastinit.core.laws import Law
+from fastinit.core import build, geometry, kernels, laws, recording, source
+from fastinit.core.fill import gaussian_dtype
 from fastinit.core.recording import Call
 from fastinit.cpu import qr as cpu_qr
+from fastinit.dispatch import (
+    ORIGINALS,
+    PLAIN,
+    Source,
+    has_no_elements,
+    is_keyed,
+    leave_to_torch,
+    may_run_natively,
+    write,
+    written,
+)
 
 # fmt: off
 __all__ = [  # torch's order; older torch.nn.init has no such list
@@ -42,131 +44,7 @@ __all__ = [  # torch's order; older torch.nn.init has no such list
 ]
 # fmt: on
 
-# torch's own functions, whatever torch.nn.init is patched with later.
-_torch = SimpleNamespace(**{name: getattr(_torch_init, name) for name in __all__})
-_torch_trunc_normal = _torch_init._no_grad_trunc_normal_
-
-_PLAIN = frozenset((Tensor, Parameter))
 _CONSTANT = 512  # times as many elements until torch's own fill_ costs more than a look at it
-
-
-# ---- from a function to who writes its law -------------------------------------------------------
-
-
-def _write(
-    name: str,
-    tensor: Tensor,
-    args: tuple[Any, ...],
-    generator: Generator | Key | None,
-    moved: dict[str, Any],
-    least: int = 1,
-) -> Tensor:
-    """Do what a function of torch.nn.init does: by a key, natively, or by torch.
-
-    Args:
-        args: its arguments but the tensor and the generator
-        moved: keywords that it does not have
-        least: times as many elements as a random fill has to have to be worth a native call; 0: any
-    """
-    if _written(name, tensor, args, generator, moved, least):
-        return tensor
-    return _leave_to_torch(Call(getattr(_torch, name), name, tensor, args, generator))
-
-
-def _written(
-    name: str,
-    tensor: Tensor,
-    args: tuple[Any, ...],
-    generator: Generator | Key | None,
-    moved: dict[str, Any],
-    least: int = 1,
-) -> bool:
-    """Write with the numbers of a key, or natively with torch's; return False if torch has to."""
-    if moved:
-        _refuse(name, moved)
-    if _is_keyed(generator):
-        _write_keyed(name, tensor, args, generator if isinstance(generator, Key) else None)
-        return True
-    if not _may_run_natively(tensor, least):
-        return False
-    law = laws.of(name, tensor, args)
-    return any(_run(law, fills) for fills in build.ways(law, tensor, generator))
-
-
-def _is_keyed(generator: Generator | Key | None) -> bool:
-    """Return whether numbers come from a key: the caller's, or the seed of the scope around."""
-    if isinstance(generator, Key):
-        return True
-    recorder = recording.this_thread.recorder
-    if recorder is None or recorder.seed is None:
-        return False
-    return generator is None or source.is_default(generator)
-
-
-def _write_keyed(name: str, tensor: Tensor, args: tuple[Any, ...], key: Key | None) -> None:
-    shape = shard.global_shape(tensor, None if key is None else key.global_shape)
-    law = laws.of_shape(name, tensor.dtype, shape, args)
-    recorder = recording.this_thread.recorder
-    if recorder is None:
-        assert key is not None
-        execute.fill_keyed(law, tensor, key)
-    else:
-        recorder.fill_keyed(law, tensor, key)
-
-
-def _may_run_natively(t: Any, least: int) -> bool:
-    """Return whether a tensor is plain and large enough for a native call, and nobody watches."""
-    if type(t) not in _PLAIN or torch._C._len_torch_function_stack() != 0:
-        return False  # before t.numel() would be seen
-    n = t.numel()
-    recorder = recording.this_thread.recorder
-    if recorder is not None and recorder.seed is not None:
-        return False
-    if recorder is not None and least != 0:
-        is_large = recorder.takes(t)
-    else:
-        is_large = n >= least * geometry.least(geometry.device_of(t))
-    return is_large and n != 0 and not torch.compiler.is_compiling() and recording.modes_allow()
-
-
-def _run(law: Law, fills: Iterable[Fill]) -> bool:
-    """Run or record fills if all of them are proved to have torch's bits; else return False."""
-    proved = []
-    for fill in map(probe.proved, fills):
-        if fill is None:
-            return False
-        proved.append(fill)
-    recorder = recording.this_thread.recorder
-    if recorder is None:
-        execute.run(proved)
-    else:
-        recorder.add(proved, law)
-    return True
-
-
-def _leave_to_torch(call: Call) -> Tensor:
-    """Call torch's function, or record the call."""
-    recorder = recording.this_thread.recorder
-    if recorder is not None:
-        recorder.call(call)
-        return call.tensor
-    with source.default_lock if call.generator is None else source.lock_of(call.generator):
-        return call()
-
-
-def _refuse(name: str, moved: dict[str, Any]) -> NoReturn:
-    """Raise TypeError for keywords that no function has, some of which had them up to 0.5."""
-    if not moved.keys() <= {"global_shape", "offset"}:
-        raise TypeError(f"{name}() got an unexpected keyword argument {next(iter(moved))!r}")
-    instead = f"write {name}(part, generator=key.part(global_shape, offset))"
-    if name in ("eye_", "dirac_"):
-        instead = "fill a DTensor, or the whole tensor"
-    elif not laws.draws(name):
-        instead = "a part of a constant is constant"
-    raise TypeError(f"{name}() takes no global_shape= and offset= since 0.6: {instead}")
-
-
-# ---- the functions -------------------------------------------------------------------------------
 
 
 def calculate_gain(nonlinearity: Any, param: int | float | None = None) -> float:
@@ -180,15 +58,11 @@ def calculate_gain(nonlinearity: Any, param: int | float | None = None) -> float
     Raises:
         ValueError: unknown nonlinearity, or `param` is not a number.
     """
-    return cast(float, _torch.calculate_gain(nonlinearity, param))
+    return cast(float, ORIGINALS["calculate_gain"](nonlinearity, param))
 
 
 def uniform_(
-    tensor: Tensor,
-    a: float = 0.0,
-    b: float = 1.0,
-    generator: Generator | Key | None = None,
-    **moved: NoReturn,
+    tensor: Tensor, a: float = 0.0, b: float = 1.0, generator: Source = None, **moved: NoReturn
 ) -> Tensor:
     """Fill `tensor` in place with U[a, b) and return it; `torch.nn.init.uniform_`.
 
@@ -201,15 +75,11 @@ def uniform_(
     Raises:
         RuntimeError: a > b, a bound outside the dtype's range, or an integer dtype.
     """
-    return _write("uniform_", tensor, (a, b), generator, moved)
+    return write("uniform_", tensor, (a, b), generator, moved)
 
 
 def normal_(
-    tensor: Tensor,
-    mean: float = 0.0,
-    std: float = 1.0,
-    generator: Generator | Key | None = None,
-    **moved: NoReturn,
+    tensor: Tensor, mean: float = 0.0, std: float = 1.0, generator: Source = None, **moved: NoReturn
 ) -> Tensor:
     """Fill `tensor` in place with N(mean, std^2) and return it; `torch.nn.init.normal_`.
 
@@ -222,7 +92,7 @@ def normal_(
     Raises:
         RuntimeError: std < 0, or an integer dtype.
     """
-    return _write("normal_", tensor, (mean, std), generator, moved)
+    return write("normal_", tensor, (mean, std), generator, moved)
 
 
 def trunc_normal_(
@@ -231,7 +101,7 @@ def trunc_normal_(
     std: float = 1.0,
     a: float = -2.0,
     b: float = 2.0,
-    generator: Generator | Key | None = None,
+    generator: Source = None,
     **moved: NoReturn,
 ) -> Tensor:
     """Fill with N(mean, std^2) truncated to [a, b]; `torch.nn.init.trunc_normal_`.
@@ -256,50 +126,37 @@ def trunc_normal_(
     Warns:
         UserWarning: the mean is more than two std outside [a, b].
     """
-    return _write("trunc_normal_", tensor, (mean, std, a, b), generator, moved)
+    return write("trunc_normal_", tensor, (mean, std, a, b), generator, moved)
 
 
-def constant_(
-    tensor: Tensor,
-    val: float,
-    **moved: NoReturn,
-) -> Tensor:
+def constant_(tensor: Tensor, val: float, **moved: NoReturn) -> Tensor:
     """Fill `tensor` (any shape, any dtype) with `val` and return it; `torch.nn.init.constant_`.
 
     Raises:
         RuntimeError: the dtype cannot hold `val`.
     """
-    return _write("constant_", tensor, (val,), None, moved, _CONSTANT)
+    return write("constant_", tensor, (val,), None, moved, _CONSTANT)
 
 
-def ones_(
-    tensor: Tensor,
-    **moved: NoReturn,
-) -> Tensor:
+def ones_(tensor: Tensor, **moved: NoReturn) -> Tensor:
     """Fill `tensor` (any shape, any dtype) with 1 and return it; `torch.nn.init.ones_`.
 
     Raises:
         RuntimeError: torch cannot write to such a tensor in place.
     """
-    return _write("ones_", tensor, (), None, moved, _CONSTANT)
+    return write("ones_", tensor, (), None, moved, _CONSTANT)
 
 
-def zeros_(
-    tensor: Tensor,
-    **moved: NoReturn,
-) -> Tensor:
+def zeros_(tensor: Tensor, **moved: NoReturn) -> Tensor:
     """Fill `tensor` (any shape, any dtype) with 0 and return it; `torch.nn.init.zeros_`.
 
     Raises:
         RuntimeError: torch cannot write to such a tensor in place.
     """
-    return _write("zeros_", tensor, (), None, moved, _CONSTANT)
+    return write("zeros_", tensor, (), None, moved, _CONSTANT)
 
 
-def eye_(
-    tensor: Tensor,
-    **moved: NoReturn,
-) -> Tensor:
+def eye_(tensor: Tensor, **moved: NoReturn) -> Tensor:
     """Make a matrix the identity and return it; `torch.nn.init.eye_`.
 
     Args:
@@ -308,14 +165,10 @@ def eye_(
     Raises:
         ValueError: not two dimensions.
     """
-    return _write("eye_", tensor, (), None, moved)
+    return write("eye_", tensor, (), None, moved)
 
 
-def dirac_(
-    tensor: Tensor,
-    groups: int = 1,
-    **moved: NoReturn,
-) -> Tensor:
+def dirac_(tensor: Tensor, groups: int = 1, **moved: NoReturn) -> Tensor:
     """Make a convolution pass its input through; `torch.nn.init.dirac_`.
 
     Args:
@@ -326,14 +179,11 @@ def dirac_(
     Raises:
         ValueError: other numbers of dimensions, or out channels not divisible by `groups`.
     """
-    return _write("dirac_", tensor, (groups,), None, moved)
+    return write("dirac_", tensor, (groups,), None, moved)
 
 
 def xavier_uniform_(
-    tensor: Tensor,
-    gain: float = 1.0,
-    generator: Generator | Key | None = None,
-    **moved: NoReturn,
+    tensor: Tensor, gain: float = 1.0, generator: Source = None, **moved: NoReturn
 ) -> Tensor:
     """Fill with U(-a, a), a = gain sqrt(6 / (fan_in + fan_out)); `torch.nn.init.xavier_uniform_`.
 
@@ -348,14 +198,11 @@ def xavier_uniform_(
     Raises:
         ValueError: fewer than two dimensions.
     """
-    return _write("xavier_uniform_", tensor, (gain,), generator, moved)
+    return write("xavier_uniform_", tensor, (gain,), generator, moved)
 
 
 def xavier_normal_(
-    tensor: Tensor,
-    gain: float = 1.0,
-    generator: Generator | Key | None = None,
-    **moved: NoReturn,
+    tensor: Tensor, gain: float = 1.0, generator: Source = None, **moved: NoReturn
 ) -> Tensor:
     """Fill with N(0, std^2), std = gain sqrt(2 / (fan_in + fan_out)).
 
@@ -369,7 +216,7 @@ def xavier_normal_(
     Raises:
         ValueError: fewer than two dimensions.
     """
-    return _write("xavier_normal_", tensor, (gain,), generator, moved)
+    return write("xavier_normal_", tensor, (gain,), generator, moved)
 
 
 def kaiming_uniform_(
@@ -377,7 +224,7 @@ def kaiming_uniform_(
     a: float = 0,
     mode: Any = "fan_in",
     nonlinearity: Any = "leaky_relu",
-    generator: Generator | Key | None = None,
+    generator: Source = None,
     **moved: NoReturn,
 ) -> Tensor:
     """Fill with U(-bound, bound), bound = gain sqrt(3 / fan); `torch.nn.init.kaiming_uniform_`.
@@ -397,10 +244,10 @@ def kaiming_uniform_(
     Warns:
         UserWarning: the tensor has no elements; nothing is done.
     """
-    if _has_no_elements(tensor, generator):  # torch warns at the line of its caller: here, of ours
+    if has_no_elements(tensor, generator):  # torch warns at the line of its caller: here, of ours
         warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
         return tensor
-    return _write("kaiming_uniform_", tensor, (a, mode, nonlinearity), generator, moved)
+    return write("kaiming_uniform_", tensor, (a, mode, nonlinearity), generator, moved)
 
 
 def kaiming_normal_(
@@ -408,7 +255,7 @@ def kaiming_normal_(
     a: float = 0,
     mode: Any = "fan_in",
     nonlinearity: Any = "leaky_relu",
-    generator: Generator | Key | None = None,
+    generator: Source = None,
     **moved: NoReturn,
 ) -> Tensor:
     """Fill with N(0, std^2), std = gain / sqrt(fan); `torch.nn.init.kaiming_normal_`.
@@ -428,28 +275,14 @@ def kaiming_normal_(
     Warns:
         UserWarning: the tensor has no elements; nothing is done.
     """
-    if _has_no_elements(tensor, generator):  # torch warns at the line of its caller: here, of ours
+    if has_no_elements(tensor, generator):  # torch warns at the line of its caller: here, of ours
         warnings.warn("Initializing zero-element tensors is a no-op", stacklevel=2)
         return tensor
-    return _write("kaiming_normal_", tensor, (a, mode, nonlinearity), generator, moved)
-
-
-def _has_no_elements(t: Any, generator: Generator | Key | None) -> bool:
-    """Return whether a plain tensor is empty, and not as a part of something that is not."""
-    is_part = isinstance(generator, Key) and generator.global_shape is not None
-    return (
-        not is_part
-        and type(t) in _PLAIN
-        and torch._C._len_torch_function_stack() == 0
-        and bool(t.numel() == 0)
-    )
+    return write("kaiming_normal_", tensor, (a, mode, nonlinearity), generator, moved)
 
 
 def orthogonal_(
-    tensor: Tensor,
-    gain: float = 1,
-    generator: Generator | Key | None = None,
-    **moved: NoReturn,
+    tensor: Tensor, gain: float = 1, generator: Source = None, **moved: NoReturn
 ) -> Tensor:
     """Fill with a (semi-)orthogonal matrix times gain; `torch.nn.init.orthogonal_`.
 
@@ -468,21 +301,18 @@ def orthogonal_(
         ValueError: fewer than two dimensions.
         RuntimeError: other dtypes.
     """
-    if _written("orthogonal_", tensor, (gain,), generator, moved, 0):
+    if written("orthogonal_", tensor, (gain,), generator, moved, 0):
         return tensor
-    function: Callable[..., Tensor] = _torch.orthogonal_
-    if _may_run_natively(tensor, 0) and tensor.dim() >= 2 and _is_in_cpu_memory(tensor):
+    function: Callable[..., Tensor] = ORIGINALS["orthogonal_"]
+    if may_run_natively(tensor, 0) and tensor.dim() >= 2 and _is_in_cpu_memory(tensor):
         rows, columns = tensor.shape[0], tensor.numel() // tensor.shape[0]
         if not build.is_narrow(rows, columns, tensor.dtype):
             function = functools.partial(_orthogonal, (rows, columns))
-    return _leave_to_torch(Call(function, "orthogonal_", tensor, (gain,), generator))
+    return leave_to_torch(Call(function, "orthogonal_", tensor, (gain,), generator))
 
 
 def orthogonal_batched_(
-    tensor: Tensor,
-    gain: float = 1,
-    generator: Generator | Key | None = None,
-    **moved: NoReturn,
+    tensor: Tensor, gain: float = 1, generator: Source = None, **moved: NoReturn
 ) -> Tensor:
     """Fill every matrix of a batch with an orthogonal matrix of its own; torch has no such.
 
@@ -499,17 +329,17 @@ def orthogonal_batched_(
         ValueError: fewer than two dimensions.
         RuntimeError: other dtypes.
     """
-    if not _is_keyed(generator):
+    if not is_keyed(generator):
         if tensor.dim() < 2:
             raise ValueError("Only tensors with 2 or more dimensions are supported")
         if tensor.numel() == 0 or tensor.is_meta:
             return tensor
         if tensor.dtype not in geometry.DTYPES:  # torch says what is wrong
-            return _write("orthogonal_", tensor, (gain,), generator, moved)
-    if _written("orthogonal_batched_", tensor, (gain,), generator, moved, 0):
+            return write("orthogonal_", tensor, (gain,), generator, moved)
+    if written("orthogonal_batched_", tensor, (gain,), generator, moved, 0):
         return tensor
     function = functools.partial(_orthogonal, tuple(tensor.shape))
-    return _leave_to_torch(Call(function, "orthogonal_batched_", tensor, (gain,), generator))
+    return leave_to_torch(Call(function, "orthogonal_batched_", tensor, (gain,), generator))
 
 
 def _is_in_cpu_memory(t: Tensor) -> bool:
@@ -534,7 +364,7 @@ def _factor(
     shape: tuple[int, ...], like: Tensor, gain: float, generator: Generator | None
 ) -> tuple[Tensor, float]:
     """Return matrices of a shape, and what they have still to be multiplied by."""
-    plain = type(like) in _PLAIN and like.is_cpu and not torch.compiler.is_compiling()
+    plain = type(like) in PLAIN and like.is_cpu and not torch.compiler.is_compiling()
     plain = plain and recording.modes_allow() and geometry.accepts(like, inference=True)
     with kernels.undisturbed() if plain else nullcontext():  # so that nothing waits
         drawn = like.new_empty(shape, dtype=gaussian_dtype(like.dtype))
@@ -550,11 +380,7 @@ def _factor(
 
 
 def sparse_(
-    tensor: Tensor,
-    sparsity: float,
-    std: float = 0.01,
-    generator: Generator | Key | None = None,
-    **moved: NoReturn,
+    tensor: Tensor, sparsity: float, std: float = 0.01, generator: Source = None, **moved: NoReturn
 ) -> Tensor:
     """Fill a matrix with N(0, std^2) and zero part of each column; `torch.nn.init.sparse_`.
 
@@ -571,10 +397,12 @@ def sparse_(
     Raises:
         ValueError: not two dimensions.
     """
-    if _written("sparse_", tensor, (sparsity, std), generator, moved):
+    if written("sparse_", tensor, (sparsity, std), generator, moved):
         return tensor
     with source.turn(torch.default_generator, *_given(generator)):
-        return _leave_to_torch(Call(_torch.sparse_, "sparse_", tensor, (sparsity, std), generator))
+        return leave_to_torch(
+            Call(ORIGINALS["sparse_"], "sparse_", tensor, (sparsity, std), generator)
+        )
 
 
 def _no_grad_trunc_normal_(
@@ -586,12 +414,12 @@ def _no_grad_trunc_normal_(
     generator: Generator | None = None,
 ) -> Tensor:
     """Stands for its namesake in torch.nn.init, which is looked up at each call, while hooked."""
-    if _written("trunc_normal_", tensor, (mean, std, a, b), generator, {}):
+    if written("trunc_normal_", tensor, (mean, std, a, b), generator, {}):
         return tensor
-    return _torch_trunc_normal(tensor, mean, std, a, b, generator)
+    return cast(Tensor, ORIGINALS["_no_grad_trunc_normal_"](tensor, mean, std, a, b, generator))
 
 
-def _given(generator: Generator | Key | None) -> tuple[Generator, ...]:
+def _given(generator: Source) -> tuple[Generator, ...]:
     """Return the generator if it is one that the default generator is not."""
     is_own = isinstance(generator, Generator) and generator is not torch.default_generator
     return (cast(Generator, generator),) if is_own else ()

@@ -16,6 +16,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from fastinit import init
+from fastinit.dispatch import ORIGINALS
 
 
 def install() -> None:
@@ -101,8 +102,8 @@ def _stand_in(function: Any) -> Any:
     return copy
 
 
-_ORIGINALS = {name: getattr(init._torch, name) for name in init.__all__}
-_ORIGINALS["_no_grad_trunc_normal_"] = init._torch_trunc_normal  # looked up by torch at each call
+# torch looks up _no_grad_trunc_normal_ at each call of trunc_normal_.
+_ORIGINALS = {name: ORIGINALS[name] for name in (*init.__all__, "_no_grad_trunc_normal_")}
 _STAND_INS = {name: _stand_in(getattr(init, name)) for name in _ORIGINALS}
 # What takes the place of a function, by the id of that function.
 _OURS = {id(_ORIGINALS[name]): _STAND_INS[name] for name in _ORIGINALS}

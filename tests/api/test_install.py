@@ -31,7 +31,8 @@ from tests.support.models import ZOO, model_state
 NAMES = init.__all__
 _state = sys.modules["fastinit.install"]
 # Not a dictionary: install would find it.
-ORIGINAL = types.MappingProxyType({name: getattr(init._torch, name) for name in NAMES})
+TRUNC_NORMAL = fastinit.dispatch.ORIGINALS["_no_grad_trunc_normal_"]
+ORIGINAL = types.MappingProxyType({name: fastinit.dispatch.ORIGINALS[name] for name in NAMES})
 imported = {"laws": kaiming_normal_, "other": 3}  # what users write at module level
 
 
@@ -65,7 +66,7 @@ def everything_is_put_back() -> Iterator[None]:
             fastinit.uninstall()
         for name, function in ORIGINAL.items():
             setattr(torch_init, name, function)
-        torch_init._no_grad_trunc_normal_ = init._torch_trunc_normal
+        torch_init._no_grad_trunc_normal_ = TRUNC_NORMAL
     assert not wrong
     assert times == 0
     assert imported == inner
@@ -174,7 +175,7 @@ def test_what_is_left_alone(library: Callable[..., Any]) -> None:
         assert user.Owner.law is ORIGINAL["normal_"]
         assert user.default(torch.ones(1)) is ORIGINAL["normal_"]
         assert user.normal_ is normal_
-        assert init._torch.normal_ is ORIGINAL["normal_"]
+        assert fastinit.dispatch.ORIGINALS["normal_"] is ORIGINAL["normal_"]
         assert fastinit.normal_ is not ORIGINAL["normal_"]
 
 
@@ -466,7 +467,7 @@ ORDERS = [
 def test_with_fused(contexts: list[Callable[[], Any]]) -> None:
     assert_equal_seen(model_in([]), model_in(contexts), "model")
     assert not init_is_replaced()
-    assert torch_init._no_grad_trunc_normal_ is init._torch_trunc_normal
+    assert torch_init._no_grad_trunc_normal_ is TRUNC_NORMAL
 
 
 def test_fused_in_installed_records() -> None:
@@ -497,7 +498,7 @@ def test_installed_in_a_block_and_still_after_it() -> None:
     assert is_ours(nn.modules.activation.xavier_normal_, "xavier_normal_")
     fastinit.uninstall()
     assert not init_is_replaced()
-    assert torch_init._no_grad_trunc_normal_ is init._torch_trunc_normal
+    assert torch_init._no_grad_trunc_normal_ is TRUNC_NORMAL
 
 
 def test_uninstalled_in_a_block() -> None:
@@ -507,7 +508,7 @@ def test_uninstalled_in_a_block() -> None:
         torch_init.normal_(torch.empty(5000))
     assert report.recorded_elements == 5000
     assert not init_is_replaced()
-    assert torch_init._no_grad_trunc_normal_ is init._torch_trunc_normal
+    assert torch_init._no_grad_trunc_normal_ is TRUNC_NORMAL
 
 
 def test_with_plans_and_models() -> None:

@@ -41,9 +41,8 @@ def state_of(model: nn.Module, g: torch.Generator, versions: bool) -> dict[str, 
 def nothing_is_left() -> None:
     assert recording.this_thread.recorder is None
     assert torch._C._len_torch_dispatch_stack() == 0
-    for name, function in vars(fastinit.init._torch).items():
+    for name, function in fastinit.dispatch.ORIGINALS.items():
         assert getattr(torch_init, name) is function
-    assert torch_init._no_grad_trunc_normal_ is fastinit.init._torch_trunc_normal
     assert not module._global_parameter_registration_hooks
     assert not module._global_buffer_registration_hooks
 

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Who writes a law: the keyed stream, the kernels with torch's words, or torch's own function.
+
+With a `Key`, or in a scope with a seed, it is the keyed stream. Otherwise torch's words are written
+natively, if that kind of fill is proved equal (probe.py). Whatever is unusual (other devices,
+dtypes, layouts, subclasses, modes, arguments out of range) goes to torch's own function as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import FunctionType
+from typing import Any, NoReturn
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import Parameter
+from torch.nn import init as torch_init
+
+from fastinit import execute, probe
+from fastinit.core import build, geometry, laws, recording, shard, source
+from fastinit.core.fill import Fill
+from fastinit.core.key import Key
+from fastinit.core.laws import Law
+from fastinit.core.recording import Call
+
+Source = Generator | Key | None  # where words come from; None: torch's default generator
+# The functions of torch.nn.init, whatever they are replaced by later.
+ORIGINALS: dict[str, Callable[..., Any]] = {
+    name: function
+    for name, function in vars(torch_init).items()
+    if isinstance(function, FunctionType) and function.__module__ == "torch.nn.init"
+}
+
+PLAIN = frozenset((Tensor, Parameter))  # types whose values are what is in their storage
+
+
+def write(
+    name: str,
+    tensor: Tensor,
+    args: tuple[Any, ...],
+    generator: Source,
+    moved: dict[str, Any],
+    least: int = 1,
+) -> Tensor:
+    """Do what a function of torch.nn.init does: by a key, natively, or by torch.
+
+    Args:
+        args: its arguments but the tensor and the generator
+        moved: keywords that it does not have
+        least: times as many elements as a random fill has to have to be worth a native call; 0: any
+    """
+    if written(name, tensor, args, generator, moved, least):
+        return tensor
+    return leave_to_torch(Call(ORIGINALS[name], name, tensor, args, generator))
+
+
+def written(
+    name: str,
+    tensor: Tensor,
+    args: tuple[Any, ...],
+    generator: Source,
+    moved: dict[str, Any],
+    least: int = 1,
+) -> bool:
+    """Write with the numbers of a key, or natively with torch's; return False if torch has to."""
+    if moved:
+        _refuse(name, moved)
+    if is_keyed(generator):
+        _write_keyed(name, tensor, args, generator if isinstance(generator, Key) else None)
+        return True
+    if not may_run_natively(tensor, least):
+        return False
+    law = laws.of(name, tensor, args)
+    return any(_run(law, fills) for fills in build.ways(law, tensor, generator))
+
+
+def is_keyed(generator: Source) -> bool:
+    """Return whether numbers come from a key: the caller's, or the seed of the scope around."""
+    if isinstance(generator, Key):
+        return True
+    recorder = recording.this_thread.recorder
+    if recorder is None or recorder.seed is None:
+        return False
+    return generator is None or source.is_default(generator)
+
+
+def _write_keyed(name: str, tensor: Tensor, args: tuple[Any, ...], key: Key | None) -> None:
+    shape = shard.global_shape(tensor, None if key is None else key.global_shape)
+    law = laws.of_shape(name, tensor.dtype, shape, args)
+    recorder = recording.this_thread.recorder
+    if recorder is None:
+        assert key is not None
+        execute.fill_keyed(law, tensor, key)
+    else:
+        recorder.fill_keyed(law, tensor, key)
+
+
+def may_run_natively(t: Any, least: int) -> bool:
+    """Return whether a tensor is plain and large enough for a native call, and nobody watches."""
+    if type(t) not in PLAIN or torch._C._len_torch_function_stack() != 0:
+        return False  # before t.numel() would be seen
+    n = t.numel()
+    recorder = recording.this_thread.recorder
+    if recorder is not None and recorder.seed is not None:
+        return False
+    if recorder is not None and least != 0:
+        is_large = recorder.takes(t)
+    else:
+        is_large = n >= least * geometry.least(geometry.device_of(t))
+    return is_large and n != 0 and not torch.compiler.is_compiling() and recording.modes_allow()
+
+
+def has_no_elements(t: Any, generator: Source) -> bool:
+    """Return whether a plain tensor is empty, and not as a part of something that is not."""
+    is_part = isinstance(generator, Key) and generator.global_shape is not None
+    return (
+        not is_part
+        and type(t) in PLAIN
+        and torch._C._len_torch_function_stack() == 0
+        and bool(t.numel() == 0)
+    )
+
+
+def _run(law: Law, fills: Iterable[Fill]) -> bool:
+    """Run or record fills if all of them are proved to have torch's bits; else return False."""
+    proved = []
+    for fill in map(probe.proved, fills):
+        if fill is None:
+            return False
+        proved.append(fill)
+    recorder = recording.this_thread.recorder
+    if recorder is None:
+        execute.run(proved)
+    else:
+        recorder.add(proved, law)
+    return True
+
+
+def leave_to_torch(call: Call) -> Tensor:
+    """Call torch's function, or record the call."""
+    recorder = recording.this_thread.recorder
+    if recorder is not None:
+        recorder.call(call)
+        return call.tensor
+    with source.default_lock if call.generator is None else source.lock_of(call.generator):
+        return call()
+
+
+def _refuse(name: str, moved: dict[str, Any]) -> NoReturn:
+    """Raise TypeError for keywords that no function has, some of which had them up to 0.5."""
+    if not moved.keys() <= {"global_shape", "offset"}:
+        raise TypeError(f"{name}() got an unexpected keyword argument {next(iter(moved))!r}")
+    instead = f"write {name}(part, generator=key.part(global_shape, offset))"
+    if name in ("eye_", "dirac_"):
+        instead = "fill a DTensor, or the whole tensor"
+    elif not laws.draws(name):
+        instead = "a part of a constant is constant"
+    raise TypeError(f"{name}() takes no global_shape= and offset= since 0.6: {instead}")
