@@ -33,11 +33,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
 
 
-@pytest.fixture(autouse=True)
-def factors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How good the factors are is for test_orthogonal*.py and test_cuda_qr.py."""
-    if "orthogonal" not in request.module.__name__ and "qr" not in request.module.__name__:
-        use_own_factors(monkeypatch)
+@pytest.fixture
+def own_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give torch's orthogonal_ our factorisation, for tests of everything else about it.
+
+    Its factors are not torch's to the bit; how good they are is for tests/orthogonal.
+    """
+    use_own_factors(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

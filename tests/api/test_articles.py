@@ -177,6 +177,7 @@ def test_with_the_old_name() -> None:
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("own_factors")
 def test_a_list_of_layers(weight: Any, bias: Any) -> None:
     def build(init: ModuleType) -> nn.Module:
         def law(choice: Any) -> Any:

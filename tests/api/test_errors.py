@@ -144,6 +144,7 @@ def labels(table: list) -> list[str]:
 
 @pytest.mark.parametrize(("name", "make", "args", "options"), BAD_CALLS, ids=labels(BAD_CALLS))
 @pytest.mark.parametrize("position", [Position(), Position(words=623, cached=True)], ids=["0", "1"])
+@pytest.mark.usefixtures("own_factors")
 def test_same_exception(
     name: str, make: Callable[[], Any], args: tuple, options: dict, position: Position
 ) -> None:

@@ -64,6 +64,7 @@ def test_what_torch_draws_next(case: tuple, position: Position) -> None:
         assert all(torch.equal(bits(e), bits(f)) for e, f in zip(expected, found, strict=True))
 
 
+@pytest.mark.usefixtures("own_factors")
 def test_chain_of_fills_with_several_generators() -> None:
     """Each generator goes its own way, and one that never was seeded works too."""
     chains = []
@@ -92,6 +93,7 @@ def test_states_taken_and_set_around_fills() -> None:
             assert torch.equal(generator.get_state(), twin.get_state())
 
 
+@pytest.mark.usefixtures("own_factors")
 def test_threads_with_their_own_generators() -> None:
     expected = {s: [bits(fill(torch_init, c, torch.Generator().manual_seed(s))) for c in FILLS]
                 for s in range(3)}  # fmt: skip

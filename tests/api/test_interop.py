@@ -65,6 +65,7 @@ def test_subclass_that_refuses() -> None:
     assert failures[0] == failures[1] != ""
 
 
+@pytest.mark.usefixtures("own_factors")
 def test_plain_subclasses_are_filled() -> None:
     class Quiet(torch.Tensor):
         __torch_function__ = torch._C._disabled_torch_function_impl
@@ -74,6 +75,7 @@ def test_plain_subclasses_are_filled() -> None:
             assert_same(name, make, *args)
 
 
+@pytest.mark.usefixtures("own_factors")
 def test_inference_tensors() -> None:
     def born_inside() -> torch.Tensor:
         with torch.inference_mode():
@@ -109,6 +111,7 @@ def test_autograd_notices_the_write(name: str, args: tuple) -> None:
     assert (weight.is_leaf, weight.requires_grad, weight.grad) == (True, True, None)
 
 
+@pytest.mark.usefixtures("own_factors")
 def test_views_inside_a_graph() -> None:
     """Writing under no_grad through views of non-leaf tensors: same history, same versions."""
     for name, args in CALLS:

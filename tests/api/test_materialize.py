@@ -155,6 +155,7 @@ def many_times(m: nn.Module) -> None:
 
 @pytest.mark.parametrize("fn", [uniform, truncated, many_times], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", ["mlp", "conv", "norms", "recurrent", "encoder", "frozen"])
+@pytest.mark.usefixtures("own_factors")
 def test_functions(fn: Fn, kind: str, native: None) -> None:
     assert_same(ZOO[kind], fn)
 
@@ -431,6 +432,7 @@ WRITTEN: dict[str, Callable[[torch.Tensor], Any]] = {
 
 @pytest.mark.parametrize("small", [True, False], ids=["small", "native"])
 @pytest.mark.parametrize("how", WRITTEN)
+@pytest.mark.usefixtures("own_factors")
 def test_written(how: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not small:
         monkeypatch.setattr(geometry, "MIN_NATIVE", 0)

@@ -148,6 +148,7 @@ def test_sparse_many_rows() -> None:
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("layout", MATRICES)
+@pytest.mark.usefixtures("own_factors")
 def test_orthogonal(layout: str, dtype: torch.dtype) -> None:
     for rows, columns in MATRIX_SHAPES:
         for position in (Position(), Position(words=619, cached=True)):
@@ -156,6 +157,7 @@ def test_orthogonal(layout: str, dtype: torch.dtype) -> None:
             assert_same("orthogonal_", make, at=position)
 
 
+@pytest.mark.usefixtures("own_factors")
 def test_orthogonal_shapes_and_gains() -> None:
     for shape in [(8, 3, 3, 3), (2, 3, 4), (100, 2, 5, 5, 1), (3, 1, 1)]:
         for gain in (1, 0.5, 2**0.5, 0, -1, True):

@@ -172,6 +172,7 @@ def recovers(m: Net, g: G) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.usefixtures("own_factors")
 def test_order_is_not_visible(name: str, seed: int) -> None:
     assert_same_model(Net, CASES[name], init_model_, seed=seed)
 

@@ -20,6 +20,7 @@ from tests.support.plans import ARGS, FILLS, Step, compare, shape_for
 
 
 @pytest.mark.parametrize("name", FILLS)
+@pytest.mark.usefixtures("own_factors")
 def test_each_function_alone(name: str) -> None:
     compare(lambda: [box(*shape_for(name))], [(name, 0, ARGS.get(name, ()), {})])
     compare(lambda: [box(*shape_for(name))], [(name, 0, ARGS.get(name, ()), {})], runs=3)
@@ -44,6 +45,7 @@ def signature(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@pytest.mark.usefixtures("own_factors")
 def test_everything_in_one_plan(dtype: torch.dtype) -> None:
     names = [n for n in FILLS if n != "orthogonal_" or dtype in (F32, F64)]
     steps = [(n, i, ARGS.get(n, ()), {}) for i, n in enumerate(names)]
@@ -57,6 +59,7 @@ def test_everything_in_one_plan(dtype: torch.dtype) -> None:
         compare(make, steps, position, runs=2)
 
 
+@pytest.mark.usefixtures("own_factors")
 def test_several_generators() -> None:
     """Words belong to generators, not to the plan: each continues where it was."""
     given: list[tuple[str, tuple, Any]] = [

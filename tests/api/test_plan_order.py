@@ -69,6 +69,7 @@ def test_overlapping_views(first: int, second: int) -> None:
         compare(views, [(a, 0, (), {}), (b, first, (), {}), (a, second, (), {}), (b, 0, (), {})])
 
 
+@pytest.mark.usefixtures("own_factors")
 def test_same_tensor_again_and_again() -> None:
     names = ["kaiming_uniform_", "zeros_", "normal_", "sparse_", "eye_", "xavier_normal_"]
     names += ["trunc_normal_", "ones_", "orthogonal_", "uniform_"]

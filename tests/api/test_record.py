@@ -231,6 +231,7 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("own_factors")
 def test_function(name: str) -> None:
     assert_same_runs(Two, CASES[name])
 

@@ -117,6 +117,7 @@ BLOCKS = range(0, 120, 20)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.usefixtures("own_factors")
 def test_single_calls(block: int) -> None:
     before = fastinit.core.kernels.native_fills
     for number in range(block, block + 20):
@@ -125,6 +126,7 @@ def test_single_calls(block: int) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.usefixtures("own_factors")
 def test_plans(block: int) -> None:
     for number in range(block, block + 20):
         plan = fastinit.Plan()
@@ -137,6 +139,7 @@ def test_plans(block: int) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.usefixtures("own_factors")
 def test_models(block: int) -> None:
     """The same program as the function of init_model_, with names of torch and of fastinit."""
     for number in range(block, block + 20):

@@ -80,11 +80,13 @@ def test_functions_pickle_and_copy(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILLS)
+@pytest.mark.usefixtures("own_factors")
 def test_usual_call_is_native_and_equal(name: str) -> None:
     assert_same(name, lambda: matrix(name), *USUAL.get(name, ()), native=True)
 
 
 @pytest.mark.parametrize("name", FILLS)
+@pytest.mark.usefixtures("own_factors")
 def test_every_argument_by_keyword(name: str) -> None:
     values = {
         "a": -0.5, "b": 0.75, "mean": 0.25, "std": 2.0, "val": 3.5, "groups": 2, "gain": 1.5,
@@ -128,6 +130,7 @@ def test_calculate_gain(nonlinearity: Any, parameter: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ALIASES)
+@pytest.mark.usefixtures("own_factors")
 def test_deprecated_alias(name: str) -> None:
     def make() -> torch.Tensor:
         return matrix(name + "_")
@@ -203,6 +206,7 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("numbers", NUMBERS, ids=lambda n: type(n[0]).__name__)
+@pytest.mark.usefixtures("own_factors")
 def test_kinds_of_numbers(numbers: tuple[Any, Any]) -> None:
     """Accepted or refused, as torch does: a 0-dim tensor is a float to some calls only."""
     for name in ("uniform_", "normal_", "trunc_normal_"):
@@ -240,6 +244,7 @@ class Threshold(float):
 
 
 @pytest.mark.parametrize("kind", [Threshold, np.float64, math.ceil])
+@pytest.mark.usefixtures("own_factors")
 def test_numbers_in_every_position(kind: Any) -> None:
     half, two = kind(0.5), kind(2.0)
     for name, args in [

@@ -131,6 +131,7 @@ def reads_its_statistics() -> nn.Module:
 
 @pytest.mark.parametrize("smallest", [0, 300, None])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("own_factors")
 def test_same_network(name: str, smallest: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if smallest is not None:
         monkeypatch.setattr(fastinit.core.geometry, "MIN_NATIVE", smallest)

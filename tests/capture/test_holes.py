@@ -259,6 +259,7 @@ def square(n: int) -> torch.Tensor:
         "setitem": lambda w: torch.zeros(N).index_fill_(0, torch.arange(9), w[2]),
     }
 )
+@pytest.mark.usefixtures("own_factors")
 def test_arguments_that_are_pending(make: Callable[[torch.Tensor], Any]) -> None:
     def both() -> Any:
         w = torch.rand(N)
@@ -284,6 +285,7 @@ def fill_by_the_first(m: nn.Module) -> None:
     torch_init.constant_(m.w[9000:], m.first[0])
 
 
+@pytest.mark.usefixtures("own_factors")
 def test_arguments_that_were_made_before() -> None:
     """Views of what init_model_ fills."""
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.init as torch_init
@@ -270,5 +271,6 @@ def saved_for_backward(b: Block) -> Any:
 
 
 @case.each
+@pytest.mark.usefixtures("own_factors")
 def test_objects(name: str, variant: str) -> None:
     compare(case[name], variant)

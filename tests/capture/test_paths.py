@@ -291,6 +291,7 @@ def patched_functions(b: Block) -> Any:
 
 
 @case.each
+@pytest.mark.usefixtures("own_factors")
 def test_paths(name: str, variant: str) -> None:
     compare(case[name], variant)
 
@@ -307,6 +308,7 @@ def test_paths(name: str, variant: str) -> None:
         ("weight_norms", 0),
     ],
 )
+@pytest.mark.usefixtures("own_factors")
 def test_fills_are_held_back_and_dropped(name: str, dropped: int) -> None:
     count = fastinit.core.kernels.native_fills
     report = compare(case[name], "inside")

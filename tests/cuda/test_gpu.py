@@ -379,8 +379,9 @@ def test_matrices_that_are_not_contiguous(layout: str, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("shape", [(17, 9), (9, 17), (33, 33), (20, 4, 3)], ids=str)
+@pytest.mark.usefixtures("own_factors")
 def test_orthogonal(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check("orthogonal_", lambda: empty(shape, dtype), 1.5)  # conftest.py lends torch our factors
+    check("orthogonal_", lambda: empty(shape, dtype), 1.5)
 
 
 @each_dtype
@@ -759,6 +760,7 @@ def test_plan_of_everything_in_all_dtypes(launches: list[int]) -> None:
     assert not ON_GPU or runs[0][0] == 3 * 4 * sum(c.native for c in CASES.values())
 
 
+@pytest.mark.usefixtures("own_factors")
 def test_plan_with_what_torch_does(launches: list[int]) -> None:
     """Tight bounds are calls between launches, orthogonal_ is not; all keep their order."""
 
@@ -1454,6 +1456,7 @@ def test_nested_blocks(launches: list[int]) -> None:
     assert_equal_seen(expected, found, "nested")
 
 
+@pytest.mark.usefixtures("own_factors")
 def test_every_operator_in_a_block(launches: list[int]) -> None:
     """Factories, in-place operators, views, copies and sparse_'s rows."""
 

@@ -42,6 +42,7 @@ def library(name: str) -> Any:
 
 @pytest.mark.parametrize("name", case)
 @pytest.mark.parametrize("variant", ["usual", "inside"])
+@pytest.mark.usefixtures("own_factors")
 def test_case(name: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = Variant(smallest=fastinit.core.geometry.MIN_NATIVE)  # small tensors as users have it
     monkeypatch.setitem(blocks.VARIANTS, "usual", usual)
