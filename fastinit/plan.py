@@ -3,34 +3,29 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastinit import execute, init, probe
+from fastinit import execute, init
 from fastinit import model as model_
 from fastinit.capture import names
 from fastinit.capture.capture import Capture
 from fastinit.capture.hooks import hooked
 from fastinit.capture.names import named_tensors
 from fastinit.capture.operators import (
-    EMPTY,
-    FACTORIES,
-    FILLS,
-    OVERWRITING,
     PLAIN,
-    is_inplace,
-    is_view,
-    leaves,
 )
-from fastinit.core import build, geometry, keyed_numbers, laws, recording, shard, source
+from fastinit.capture.walk import Walk
 from fastinit.core import fill as fill_
+from fastinit.core import geometry, keyed_numbers, laws, recording, shard, source
 from fastinit.core.fill import Fill, Room
 from fastinit.core.key import Key, derived
 from fastinit.core.laws import Law
-from fastinit.core.mode import Mode
 from fastinit.core.recording import Call, Recorder
 from fastinit.core.work import Work
 from fastinit.cpu import fills as cpu_fills
@@ -204,21 +199,33 @@ class Plan(Recorder):
                 step()
         run.flush()
 
-    def __getattr__(self, name: str) -> Callable[..., Tensor]:
-        filling = name in init.__all__ and name.endswith("_")
-        if not filling and name != "orthogonal_batched_":
-            raise AttributeError(f"'Plan' object has no attribute {name!r}")
-        function = getattr(init, name)
+    if TYPE_CHECKING:  # methods are set below, one for each function
 
-        def record(*args: Any, **kwargs: Any) -> Tensor:
-            before = recording.set_recorder(self)
-            self.modes = 0 if before is None else before.modes  # of a block around it
-            try:
-                return function(*args, **kwargs)  # type: ignore[no-any-return]
-            finally:
-                recording.set_recorder(before)
+        def __getattr__(self, name: str) -> Callable[..., Tensor]: ...
 
-        return record
+
+def _recording(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the method of Plan that records a call of a function."""
+
+    @functools.wraps(function)
+    def method(self: Plan, *args: Any, **kwargs: Any) -> Tensor:
+        before = recording.set_recorder(self)
+        self.modes = 0 if before is None else before.modes  # of a scope around it
+        try:
+            return function(*args, **kwargs)
+        finally:
+            recording.set_recorder(before)
+
+    sign = inspect.signature(function)
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    shown = sign.replace(parameters=[me, *sign.parameters.values()])
+    setattr(method, "__signature__", shown)  # noqa: B010  (mypy knows no such attribute)
+    return method
+
+
+for _name in (*init.__all__, "orthogonal_batched_"):
+    if _name.endswith("_"):
+        setattr(Plan, _name, _recording(getattr(init, _name)))
 
 
 def record(model: nn.Module, fn: Fn | None = None) -> Plan:
@@ -242,7 +249,7 @@ def record(model: nn.Module, fn: Fn | None = None) -> Plan:
     counted = tuple(t for t in tensors if not t.is_inference())
     versions = tuple(t._version for t in counted)
     generator = source.current(torch.default_generator)
-    recording.set_recorder(walk := _Walk(made, tensors))
+    recording.set_recorder(walk := Walk(made, made._append, tensors))
     try:
         with hooked(), walk:
             model_.apply(model, fn)
@@ -319,101 +326,3 @@ class _Keyed:
         counted = [work.tensor for work in works if not work.tensor.is_inference()]
         torch.autograd.graph.increment_version(counted)
         self._works, self._room = [], Room()
-
-
-# ---- record --------------------------------------------------------------------------------------
-
-
-class _Walk(Mode, Recorder):
-    """Puts what is done to some tensors into a Plan instead of doing it.
-
-    Tensors are written by the plan (the model's, and temporaries filled from a generator) or its
-    constants, which must not change any more once a step of the plan reads them.
-    """
-
-    modes = 1
-
-    def __init__(self, into: Plan, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._plan = into
-        self._written = {geometry.storage_id(t) for t in tensors if _is_simple(t)}
-        self._constants: set[int] = set()
-
-    def add(self, fills: list[Fill], law: Law) -> None:
-        self._written.update(geometry.storage_id(f.tensor) for f in fills)
-        self._plan.add(fills, law)
-
-    def call(self, call: Call) -> None:
-        if any(isinstance(x, Tensor) for x in call.args):
-            self._refuse(call.name)
-        self._written.add(geometry.storage_id(call.tensor))
-        self._plan.call(call)
-
-    def fill_keyed(self, law: Law, tensor: Tensor, key: Key | None) -> None:
-        self._written.add(geometry.storage_id(tensor))
-        self._plan.fill_keyed(law, tensor, key)
-
-    def read(self, t: Tensor, how: str) -> None:
-        if _is_simple(t) and geometry.storage_id(t) in self._written | self._constants:
-            self._refuse(how)
-
-    expose = read
-
-    def settle(self, reader: object = None) -> None:
-        self._refuse(reader)
-
-    @staticmethod
-    def _refuse(what: object) -> NoReturn:
-        raise RuntimeError(
-            f"record: {what} reads what the function initialises, or draws or writes what cannot "
-            "be repeated; what it does to the model cannot be known before it is done"
-        )
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        tensors = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
-        random = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-        shape_only = func in EMPTY or (func in FACTORIES and not random)
-        if is_view(func) or shape_only:
-            return func(*args, **kwargs)
-        for t in tensors:
-            if not _is_simple(t):
-                self._refuse(f"{func} of a {type(t).__name__}")
-        keys = [geometry.storage_id(t) for t in tensors if t.layout is torch.strided]
-        written = [key in self._written for key in keys]
-        inplace = is_inplace(func) and len(keys) > 0
-        if inplace and func._schema.name in OVERWRITING and keys[0] not in self._constants:
-            t = tensors[0]
-            whole = t.numel() * t.element_size() == geometry.storage_of(t).nbytes()
-            if whole and (random or any(written)):  # a temporary that the plan makes each time
-                written[0] = True
-                self._written.add(keys[0])
-        if func in FILLS and written[0] and not any(written[1:]):
-            law = FILLS[func](args, kwargs)
-            fill = law and probe.proved(build.one(law, args[0], kwargs.get("generator")))
-            if law is not None and fill is not None:
-                self.add([fill], law)
-                return args[0]
-        if not any(written):
-            if random or (func._schema.is_mutable and keys[0] in self._constants):
-                self._refuse(func)
-            return func(*args, **kwargs)
-        if not inplace or not written[0]:
-            self._refuse(func)
-
-        def again() -> None:
-            with torch.no_grad():
-                func(*args, **kwargs)
-
-        self._constants.update(key for key, known in zip(keys, written) if not known)
-        self._plan._append(again)
-        return args[0] if func._schema.returns else None
-
-
-def _is_simple(t: Tensor) -> bool:
-    """Its values are what is in its storage."""
-    if t.layout is not torch.strided:
-        return False
-    return type(t) in PLAIN or type(t).__torch_dispatch__ is Tensor.__torch_dispatch__

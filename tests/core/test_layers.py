@@ -28,7 +28,7 @@ ROOMS = {
     "capture": {"core", "execute", "probe", "install"},
     "fused": {"core", "capture"},
     "model": {"core", "capture", "fused"},
-    "plan": {"core", "cpu", "execute", "probe", "init", "capture", "model"},
+    "plan": {"core", "cpu", "execute", "init", "capture", "model"},
     "__init__": {"core", "init", "capture", "install", "fused", "model", "plan"},
     "cli": {"__init__", "core", "cpu", "cuda", "execute", "probe", "capture", "fused", "model"},
     "__main__": {"cli"},
