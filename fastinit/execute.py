@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Fills in the order torch would have executed them, each by the device whose memory it is in."""
+"""Runs fills in the order torch would have, each on the device whose memory it is in."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastinit.cuda import keyed as cuda_keyed
 
 
 def run(fills: Sequence[Fill], progress: bool | None = None) -> None:
-    """Do the fills as if torch had done them one by one. `progress`: see qr.run."""
+    """Do the fills as if torch had done them one by one. `progress`: as for cpu/qr.run."""
     for group in _groups(fills) if len(fills) > 1 else [fills] if fills else []:
         bumps: list[int] = []
         try:
@@ -44,12 +44,17 @@ def count_versions(fills: Sequence[Fill], bumps: Sequence[int]) -> None:
 
 
 def _groups(fills: Sequence[Fill]) -> Sequence[Sequence[Fill]]:
-    """By device, as what is on one does not depend on the others; but sparse_ on a GPU draws from
-    the CPU's default generator, and has to keep its place, as have fills on two GPUs from one."""
+    """Return the fills by device, in order, as what is on one does not depend on the others.
+
+    But sparse_ on a GPU draws from the CPU's default generator, so it keeps its place among all, as
+    do fills on two GPUs from one generator.
+    """
     groups: list[list[Fill]] = []
     in_order = any(f.op == "sparse" for f in fills)
     if len({f.device for f in fills}) > 1:
-        pairs = {(source.key_of(f.generator), f.device) for f in fills if f.generator is not None}
+        pairs = {
+            (source.generator_id(f.generator), f.device) for f in fills if f.generator is not None
+        }
         in_order |= len(pairs) > len({key for key, _ in pairs})
     last: dict[int, list[Fill]] = {}
     for fill in fills:
@@ -77,11 +82,11 @@ class Prepared:
         self._written = [f.tensor for f, times in zip(fills, bumps) for _ in range(times)]
 
     def _look(self) -> list[int]:
-        """What is looked at before each run: 0.1 us per tensor. All of plan.place would be 0.6."""
+        """Return the addresses of all tensors: 0.1 us each; all of geometry.place would be 0.6."""
         return list(map(geometry.address_of, self._tensors))
 
     def run(self) -> bool:
-        """False: a tensor has other memory than it had."""
+        """Run; return False if a tensor has other memory than it had."""
         if self._look() != self._places:
             return False
         bumps: list[int] = []
@@ -94,7 +99,7 @@ class Prepared:
 
 
 def prepare(fills: Sequence[Fill], kept: Sequence[Tensor]) -> Prepared | None:
-    """What does the same again at little cost, if all fills are on one GPU.
+    """Return what does the same again at little cost, if all fills are on one GPU.
 
     `kept`: other tensors that must not have moved either.
     """
@@ -106,7 +111,7 @@ def prepare(fills: Sequence[Fill], kept: Sequence[Tensor]) -> Prepared | None:
 
 
 def pack(fills: Sequence[Fill]) -> cpu_fills.Batch | None:
-    """What does the same again at little cost, if all fills are on the CPU and their words known.
+    """Return what does the same again at little cost, if all are on the CPU and their words known.
 
     Only as long as their extents stay what they are.
     """
@@ -116,7 +121,7 @@ def pack(fills: Sequence[Fill]) -> cpu_fills.Batch | None:
 
 
 def ask_ahead(fill: Fill, scratch: torch.Tensor) -> None:
-    """Move its generator on as if it had been filled, and note what `run_ahead` will need.
+    """Move a fill's generator on as if it were done, and note what `run_ahead` will need.
 
     `scratch`: memory for a generator's state, of the calling thread's own.
     """
@@ -160,7 +165,7 @@ def fill_keyed(law: Law, tensor: Tensor, key: Key) -> None:
 
 
 def run_keyed(works: Sequence[Work]) -> None:
-    """Write everything, in one native call for the CPU and one launch for each GPU."""
+    """Write all works, in one native call for the CPU and one launch for each GPU."""
     with kernels.undisturbed():
         on_cpu: list[Work] = []
         on_gpu: list[Work] = []

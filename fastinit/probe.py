@@ -31,7 +31,7 @@ SEED = 0x5EED
 
 
 class Original(NamedTuple):
-    """torch's own functions, kept in case torch.nn.init is patched."""
+    """The functions of torch.nn.init that are compared, whatever they are replaced by later."""
 
     sparse_: Callable[..., Tensor] = torch.nn.init.sparse_
     eye_: Callable[..., Tensor] = torch.nn.init.eye_
@@ -43,7 +43,7 @@ _verdicts: dict[tuple[str, torch.dtype, str] | tuple[str, torch.dtype, str, int]
 
 
 def proved(fill: Fill | None) -> Fill | None:
-    """The fill with its flavour, or None if torch has to do it."""
+    """Return the fill with its flavour, or None if torch has to do it."""
     if fill is None or fill.tensor.dtype not in geometry.DTYPES:
         return None
     drawn = fill_.numbers_of(fill)  # factors are not torch's to the bit, what is factored is
@@ -61,7 +61,7 @@ def proved(fill: Fill | None) -> Fill | None:
 
 
 def verdict(op: str, dtype: torch.dtype, layout: str, device: int = -1) -> int | None:
-    """The flavour in which a kind of fill has torch's bits, or None."""
+    """Return the flavour in which a kind of fill has torch's bits, or None."""
     key = (op, dtype, layout) if device < 0 else (op, dtype, layout, device)
     if key not in _verdicts:
         if device >= 0 and not kernels.can_use_cuda():
@@ -76,8 +76,10 @@ def verdict(op: str, dtype: torch.dtype, layout: str, device: int = -1) -> int |
 
 
 def _candidates(op: str, dtype: torch.dtype, layout: str, device: int = -1) -> tuple[int, ...]:
-    """Flavours to try. Where rounding to the dtype hides the differences between flavours from a
-    thousand elements, though not from millions, the one that a wider dtype shows is the only one.
+    """Return the flavours to try.
+
+    Where rounding to the dtype hides the differences between flavours from a thousand elements,
+    though not from millions, the one that a wider dtype shows is the only one.
     """
     if device >= 0 or op in ("constant", "diagonal", "sparse_mask"):
         return (0,)
@@ -121,7 +123,7 @@ def _cases(op: str, dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
 
 
 def _tensor(dtype: torch.dtype, layout: str, op: str) -> Tensor:
-    """Sizes that end in the middle of everything: not a multiple of 16, nor of 624 words."""
+    """Return a tensor whose size ends in the middle of everything: of 16 elements, of 624 words."""
     base = torch.zeros(
         1013 if op not in ("diagonal", "sparse_mask") else 33 * 18, dtype=dtype, device="cpu"
     )
@@ -135,7 +137,7 @@ def _tensor(dtype: torch.dtype, layout: str, op: str) -> Tensor:
 
 
 def _tensor_on_gpu(dtype: torch.dtype, layout: str, op: str, device: int) -> Tensor:
-    """More elements than torch's grid makes in one trip, so that every output of a block counts."""
+    """Return a tensor of more elements than one trip of torch's grid, so that all outputs count."""
     gpu = torch.device("cuda", device)
     if op in ("diagonal", "sparse"):
         return torch.zeros(33, 18, dtype=dtype, device=gpu)
@@ -244,7 +246,7 @@ LAYOUTS = ("contiguous", "dense", "strided")
 
 
 def table(device: int = -1) -> list[tuple[str, str, str, str, str]]:
-    """(function, dtype, layout, native or torch, why), from the verdicts the functions act by."""
+    """Return rows (function, dtype, layout, native or torch, why) of the verdicts in force."""
     rows = []
     for function, ops in FUNCTIONS.items():
         for dtype in geometry.DTYPES:

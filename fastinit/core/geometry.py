@@ -42,7 +42,7 @@ storage_id: Callable[[Tensor], int] = getattr(torch._C, "_storage_id", _slow_sto
 
 
 def accepts(t: Tensor, inference: bool = False) -> bool:
-    """Plain memory that torch.nn.init would write without a word about it.
+    """Return whether a tensor is plain memory that torch.nn.init would write without a warning.
 
     `inference`: tensors of inference mode, whose versions nobody counts, are as good as others.
     """
@@ -58,23 +58,23 @@ def accepts(t: Tensor, inference: bool = False) -> bool:
 
 
 def is_here(t: Tensor) -> bool:
-    """In memory of the CPU, or of a GPU that there are kernels for."""
+    """Return whether a tensor is in memory of the CPU, or of a GPU that there are kernels for."""
     return t.is_cpu or (t.is_cuda and kernels.can_use_cuda())
 
 
 def least(device: int) -> int:
-    """Elements from which a fill that does not wait is worth a native call."""
+    """Return from how many elements on a fill that does not wait is worth a native call."""
     return MIN_NATIVE if device < 0 else MIN_CUDA
 
 
 def is_worth(t: Tensor) -> bool:
-    """Large enough for a record. On a GPU what is saved is a launch, whatever its size."""
+    """Return whether a fill is worth a record; on a GPU it saves a launch, whatever its size."""
     n = t.numel()
     return n >= MIN_NATIVE or (n > 0 and device_of(t) >= 0)
 
 
 def layout_of(t: Tensor) -> tuple[str, int, tuple[int, ...]] | None:
-    """(layout, rank, sizes and strides), dimensions in the order of TensorIterator: by stride.
+    """Return (layout, rank, sizes and strides), dimensions by stride as in torch's TensorIterator.
 
     None: elements may share memory, or more than four dimensions are left after merging.
     """
@@ -101,16 +101,16 @@ def layout_of(t: Tensor) -> tuple[str, int, tuple[int, ...]] | None:
 
 
 def in_storage(t: Tensor) -> tuple[int, int]:
-    """The same, counted from the beginning of a tensor's storage."""
+    """Return first byte and end of a tensor, counted from the beginning of its storage."""
     size, begin, items = t.element_size(), int(t.storage_offset()), t.numel()
     return size * begin, size * (begin + (items if t.is_contiguous() else span(t)))
 
 
 def place(t: Tensor) -> tuple[object, ...]:
-    """What changes when a tensor gets other memory or another shape."""
+    """Return what changes when a tensor gets other memory or another shape."""
     return address_of(t), t.shape, t.stride(), t.dtype
 
 
 def span(t: Tensor) -> int:
-    """From its first element in memory to its last, in elements. It has some."""
+    """Return the elements from the first in memory to the last of a tensor that is not empty."""
     return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))

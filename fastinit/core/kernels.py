@@ -72,7 +72,7 @@ def run(packed: bytes, states: list[int], words_drawn: list[int]) -> None:
 
 
 def run_trunc(packed: bytes, state: int) -> int:
-    """Run one trunc_normal fill; how many times torch would have drawn the whole tensor."""
+    """Run a trunc_normal fill; return how many times torch would have drawn the whole tensor."""
     global native_fills
     rounds = _cpu.run_trunc(packed, state, torch.get_num_threads())
     native_fills += 1
@@ -100,11 +100,12 @@ def advance(state: int, to: int, words: int) -> None:
 
 
 def can_use_cuda() -> bool:
-    """Whether there are kernels, and no graph is being captured, which would repeat its numbers."""
+    """Return whether there are kernels, and no CUDA graph is recorded to repeat their numbers."""
     return _cuda is not None and not torch._C._cuda_isCurrentStreamCapturing()
 
 
 def refuse_in_graph() -> None:
+    """Raise RuntimeError if a CUDA graph is being recorded."""
     if not can_use_cuda():
         raise RuntimeError(
             "fastinit: this cannot run while a CUDA graph is captured, whose replays would have to "
@@ -114,6 +115,6 @@ def refuse_in_graph() -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """No mode sees what is done in between."""
+    """Hide what is done in between from all modes."""
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
         yield

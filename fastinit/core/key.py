@@ -135,6 +135,6 @@ def _restored(
 
 
 def derived(seed: int, label: str) -> int:
-    """`label`: "/" and a name, or "#" and a number."""
+    """Return Philox's key of a label: "/" and a name, or "#" and a running number."""
     message = b"fastinit 1\n" + seed.to_bytes(8, "little") + label.encode()
     return int.from_bytes(hashlib.sha256(message).digest()[:8], "little")

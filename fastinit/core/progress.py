@@ -7,7 +7,7 @@ from typing import Any
 
 
 def bar(total: int, unit: str, **more: Any) -> Any:
-    """A bar of tqdm's, or None."""
+    """Return a bar of tqdm, or None if it is not installed."""
     try:
         from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
     except ImportError:

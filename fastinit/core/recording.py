@@ -91,13 +91,13 @@ this_thread = _Local()
 
 
 def set_recorder(value: Recorder | None) -> Recorder | None:
-    """Replace the recorder of this thread; returns the one before."""
+    """Replace the recorder of this thread, and return the one before."""
     before, this_thread.recorder = this_thread.recorder, value
     return before
 
 
 def modes_allow() -> bool:
-    """No mode, transform or tracer is active that would have to see torch's operators."""
+    """Return whether no mode, transform or tracer is active that has to see torch's operators."""
     c = torch._C
     own = 0 if this_thread.recorder is None else this_thread.recorder.modes
     return (

@@ -36,23 +36,23 @@ class Slab(NamedTuple):
 
 
 def is_distributed(t: object) -> bool:
-    """A DTensor. Its module takes a second to import; whoever has a DTensor has done so."""
+    """Return whether it is a DTensor, without importing its module, which takes a second."""
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return kind is not None and isinstance(t, kind)
 
 
 def local(t: Any) -> Tensor:
-    """What is in this rank's memory; no collective, no autograd."""
+    """Return what is in this rank's memory; no collective, no autograd."""
     return t._local_tensor if is_distributed(t) else t  # type: ignore[no-any-return]
 
 
 def overlaps(t: Tensor) -> bool:
-    """Whether elements share memory."""
+    """Return whether elements share memory."""
     return _layout(t.shape, t.stride()) is None
 
 
 def selected(t: Any, dim: int, index: int) -> Tensor | None:
-    """What this rank has of t.select(dim, index), as a view; None: nothing."""
+    """Return what this rank has of t.select(dim, index), as a view; None: nothing."""
     held = _held(t, None, None)[1]
     dim, index = dim % t.dim(), index % t.shape[dim]
     place = 0
@@ -64,7 +64,7 @@ def selected(t: Any, dim: int, index: int) -> Tensor | None:
 
 
 def global_shape(t: Tensor, given: Sequence[int] | None = None) -> torch.Size:
-    """Of the whole parameter; `given` is that of which a plain t is a block."""
+    """Return the shape of the whole parameter; `given` is that of which a plain t is a part."""
     if given is not None and is_distributed(t):
         raise ValueError(_GIVEN)
     return t.shape if given is None else torch.Size(map(operator.index, given))
@@ -73,7 +73,7 @@ def global_shape(t: Tensor, given: Sequence[int] | None = None) -> torch.Size:
 def slabs(
     t: Tensor, global_shape: Sequence[int] | None = None, offset: Sequence[int] | None = None
 ) -> list[Slab]:
-    """All of local(t). A plain t is the block at `offset` of a whole of `global_shape`."""
+    """Return the slabs of local(t); a plain t is the part at `offset` of a whole of `global_shape`."""
     if global_shape is None and offset is None and type(t) in _PLAIN and t.is_contiguous():
         return [Slab(0, 0, ((t.numel(), 1, 1),))] if t.numel() else []  # most are like this
     (whole, held), here = _held(t, global_shape, offset), local(t)
@@ -90,7 +90,7 @@ def slabs(
 
 
 def part(p: Tensor, begin: int, sizes: Sequence[int], strides: Sequence[int]) -> list[Slab] | None:
-    """A strided region of local(p)'s memory, `begin` elements after its first.
+    """Return the slabs of a strided region of local(p)'s memory, `begin` elements after its first.
 
     Offsets count from the region's own first element. None: it is neither all of p nor a box in one
     slab of p.
@@ -108,7 +108,7 @@ def part(p: Tensor, begin: int, sizes: Sequence[int], strides: Sequence[int]) ->
 def _held(
     t: Tensor, shape: Sequence[int] | None, offset: Sequence[int] | None
 ) -> tuple[torch.Size, list[_Runs] | None]:
-    """Shape of the whole, and what of each dimension is here; None: nothing."""
+    """Return the shape of the whole, and what of each dimension is here; None: nothing."""
     whole, n = global_shape(t, shape), t.dim()
     if shape is None and offset is not None:
         raise ValueError(_GIVEN if is_distributed(t) else "an offset needs a global_shape")
@@ -151,7 +151,7 @@ def _placed(t: Any, here: Tensor) -> list[_Runs] | None:
 
 
 def _orders(cuts: list[_Cut]) -> list[list[_Cut]]:
-    """By placements, left to right; by fully_shard, _StridedShard after those its factor counts."""
+    """Yield the orders of cuts: left to right; _StridedShard after those that its factor counts."""
     # If sizes are uneven these can be different elements: of 27 rows, 4 x TP and 3 x FSDP, say.
     told: list[_Cut] = []
     for count, which, factor in reversed(cuts):
@@ -174,7 +174,7 @@ def _pieces(length: int, cuts: list[_Cut]) -> _Runs:
 
 
 def _piece(runs: _Runs, count: int, which: int) -> _Runs:
-    """As torch.chunk: pieces of the same size, then a smaller one, then empty ones."""
+    """Return runs as torch.chunk cuts: equal pieces, then a smaller one, then empty ones."""
     size = -(-sum(map(len, runs)) // count)
     low, high, found = which * size, which * size + size, []
     for run in runs:
@@ -184,7 +184,7 @@ def _piece(runs: _Runs, count: int, which: int) -> _Runs:
 
 
 def _together(runs: _Runs, stride: int, unit: int) -> Iterator[Slab]:
-    """Of one dimension: runs of the same length at the same distance are one."""
+    """Join the runs of one dimension that have the same length and distance."""
     low = 0
     while runs:
         run, n, many = runs[0], len(runs[0]), 1
@@ -197,7 +197,7 @@ def _together(runs: _Runs, stride: int, unit: int) -> Iterator[Slab]:
 
 
 def _layout(sizes: Iterable[int], strides: Iterable[int]) -> _Dims | None:
-    """Merged, by stride. None: elements may share memory."""
+    """Return sizes and strides, merged, by stride; None: elements may share memory."""
     dims = _merged(sorted(((n, s, s) for n, s in zip(sizes, strides)), key=_stride))
     reach = itertools.accumulate(((n - 1) * stride for n, stride, _ in dims), initial=1)
     return None if any(dim[1] < least for dim, least in zip(dims, reach)) else dims
@@ -215,7 +215,7 @@ def _merged(dims: Iterable[tuple[int, int, int]]) -> _Dims:
 
 
 def _tidy(slab: Slab) -> list[Slab]:
-    """Merged; without the smallest dimension as long as there are too many."""
+    """Merge the dimensions of a slab; cut it along the smallest as long as there are too many."""
     at, index, dims = slab.offset, slab.index, _merged(sorted(slab.dims, key=_step))
     if len(dims) <= MOST_DIMS:
         return [Slab(at, index, dims or ((1, 1, 1),))]
@@ -225,7 +225,7 @@ def _tidy(slab: Slab) -> list[Slab]:
 
 
 def _inside(slab: Slab, begin: int, region: _Dims) -> list[Slab] | None:
-    """A region of memory within a slab."""
+    """Return the slabs of a region of memory within a slab; None if it is no box of it."""
     axes, dims, index = sorted(slab.dims, key=_stride), [], slab.index
     ends = [0] * len(axes)  # how far it goes on each axis
     todo = [dim[:2] for dim in region]

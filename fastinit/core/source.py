@@ -23,7 +23,7 @@ _SEEDS = (1 << 64) - 1
 _QUICK = 1 << 17  # words that are passed over in ten microseconds
 _address = torch.Tensor.data_ptr  # as it is now: recorders replace it
 
-_locks: dict[int, threading.RLock] = {}  # by key_of
+_locks: dict[int, threading.RLock] = {}  # by generator_id
 default_lock = threading.RLock()
 
 
@@ -58,13 +58,13 @@ class State:
 
 
 def current(generator: torch.Generator) -> bytes:
-    """The whole state."""
+    """Return the whole state."""
     state = generator.get_state()  # has to outlive the look at its memory
     return ctypes.string_at(_address(state), STATE_SIZE)
 
 
 def resolve(generator: torch.Generator | None, device: int) -> torch.Generator:
-    """The generator that torch would draw from; `device`: index of a GPU, or -1."""
+    """Return the generator that torch would draw from; `device`: index of a GPU, or -1."""
     if generator is not None:
         return generator
     if device < 0:
@@ -73,17 +73,17 @@ def resolve(generator: torch.Generator | None, device: int) -> torch.Generator:
 
 
 def is_default(generator: object) -> bool:
-    """Whether torch draws from it if none is given."""
+    """Return whether torch draws from it if none is given."""
     if not isinstance(generator, torch.Generator):
         return False
-    key = key_of(generator)
-    return key == key_of(torch.default_generator) or any(
-        key == key_of(g) for g in torch.cuda.default_generators
+    key = generator_id(generator)
+    return key == generator_id(torch.default_generator) or any(
+        key == generator_id(g) for g in torch.cuda.default_generators
     )
 
 
 def is_supported(generator: object, device: int) -> bool:
-    """Whether it is a generator of that device (None: its default one)."""
+    """Return whether it is a generator of that device (None: its default one)."""
     if generator is None:
         return True
     if type(generator) is not torch.Generator:
@@ -95,7 +95,7 @@ def is_supported(generator: object, device: int) -> bool:
 
 
 def philox(generator: torch.Generator) -> tuple[int, int]:
-    """Of a CUDA generator: its seed, and its offset in blocks of four words."""
+    """Return the seed of a CUDA generator, and its offset in blocks of four words."""
     return generator.initial_seed() & _SEEDS, generator.get_offset() // 4
 
 
@@ -103,32 +103,32 @@ def set_philox(generator: torch.Generator, block: int) -> None:
     generator.set_offset(4 * block)
 
 
-def key_of(generator: torch.Generator) -> int:
-    """The same for all objects of one generator: torch makes modes another at each call."""
+def generator_id(generator: torch.Generator) -> int:
+    """Return what all objects of one generator share: torch makes modes another at each call."""
     return int(generator._cdata)  # type: ignore[attr-defined]
 
 
 def lock_of(generator: object) -> threading.RLock:
-    """What threads take turns by; the default generator's for anything that is no generator."""
+    """Return the lock by which threads take turns; for what is no generator the default one's."""
     if type(generator) is not torch.Generator:
         return default_lock
-    key = key_of(generator)
-    if key == key_of(torch.default_generator):
+    key = generator_id(generator)
+    if key == generator_id(torch.default_generator):
         return default_lock
     return _locks.setdefault(key, threading.RLock())
 
 
 @contextmanager
 def turn(*generators: torch.Generator) -> Iterator[None]:
-    """Be the only thread of fastinit's that draws from these."""
+    """Be the only thread of fastinit that draws from these generators."""
     with ExitStack() as locks:
-        for g in sorted(generators, key=key_of):  # in the same order in every thread
+        for g in sorted(generators, key=generator_id):  # in the same order in every thread
             locks.enter_context(lock_of(g))
         yield
 
 
 def draw_ahead(generator: torch.Generator, words: int, scratch: torch.Tensor) -> torch.Tensor:
-    """Move a generator on as if so many words had been drawn; its state before.
+    """Move a generator on as if so many words had been drawn; return its state from before.
 
     `scratch`: STATE_SIZE bytes of the calling thread's own.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the keyed stream is to write, and where: for either back end."""
+"""The keyed stream's work for either back end: a law, a key, and where the elements stand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastinit.core.shard import Slab
 
 
 class Work(NamedTuple):
-    """A law for some elements of one tensor."""
+    """A law for some elements of one tensor, and the key of their numbers."""
 
     law: Law
     key: int  # of Philox
@@ -25,7 +25,7 @@ class Work(NamedTuple):
 
 
 class Batch:
-    """Work of one native call or launch, and what has to be done behind it."""
+    """Collects works of one native call or launch, and what has to be done behind it."""
 
     def __init__(self) -> None:
         self.scratch = 0  # bytes
@@ -33,7 +33,7 @@ class Batch:
         self._copies: list[tuple[Tensor, Work]] = []  # from memory that is written to first
 
     def add(self, work: Work, device: torch.device) -> None:
-        """`device`: where it is computed."""
+        """Add a work that is to be computed on a device, where its tensor may not be."""
         to = work
         if not is_direct(work, device.type):
             to = elsewhere(work, device)
@@ -47,7 +47,7 @@ class Batch:
         self.pack(to)
 
     def _reflectors(self, work: Work) -> Work:
-        """The normals of orthogonal matrices, in the order that qr.write_haar_ wants."""
+        """Return the work of the normals of orthogonal matrices, in the order of qr.write_haar_."""
         count, rows, cols = work.law.shape
         out = work.tensor.detach().view(count, rows, cols)
         each, dtype = fill_.packed_items(rows, cols), fill_.gaussian_dtype(out.dtype)
@@ -56,19 +56,19 @@ class Batch:
         return Work(laws.normal(0.0, 1.0), work.key, drawn, whole(count * each))
 
     def finish(self) -> None:
-        for source, work in self._copies:
-            copy(source, work)
+        for scratch, work in self._copies:
+            copy(scratch, work)
 
     def pack(self, work: Work) -> None:
         raise NotImplementedError
 
     def factor(self, drawn: Tensor, out: Tensor, gain: float) -> None:
-        """What is to become of the normals: one row for each matrix."""
+        """Note what is to become of the normals: one row for each matrix."""
         raise NotImplementedError
 
 
 def is_direct(work: Work, device: str) -> bool:
-    """Whether kernels of a kind of device can write the elements where they belong."""
+    """Return whether kernels of a kind of device can write the elements where they belong."""
     t = work.tensor
     if type(t) not in (Tensor, torch.nn.Parameter) or t.layout is not torch.strided or t.is_neg():
         raise NotImplementedError(f"the keyed stream cannot be written to a {type(t).__name__}")
@@ -80,7 +80,7 @@ def is_direct(work: Work, device: str) -> bool:
 
 
 def elsewhere(work: Work, device: torch.device) -> Work:
-    """The same, or the whole parameter if nothing less will do, in memory of its own."""
+    """Return the same work in memory of its own; of the whole parameter if nothing less will do."""
     dtype = work.tensor.dtype if work.tensor.dtype in geometry.DTYPES else torch.float32
     if work.law.is_of_all:
         made = torch.empty(work.law.items, dtype=dtype, device=device)
@@ -97,8 +97,8 @@ def elsewhere(work: Work, device: torch.device) -> Work:
     return Work(work.law, work.key, torch.empty(items, dtype=dtype, device=device), slabs)
 
 
-def copy(source: Tensor, work: Work) -> None:
-    """To where it belongs; `source` as `elsewhere` made it."""
+def copy(scratch: Tensor, work: Work) -> None:
+    """Copy what was written in memory that `elsewhere` made to where it belongs."""
     with torch.no_grad():
         begin = 0
         for slab in work.slabs:
@@ -108,11 +108,11 @@ def copy(source: Tensor, work: Work) -> None:
                 sizes, [stride for _, stride, _ in slab.dims], to.storage_offset() + slab.offset
             )
             if work.law.is_of_all:
-                to.copy_(source.as_strided(sizes, [step for _, _, step in slab.dims], slab.index))
+                to.copy_(scratch.as_strided(sizes, [step for _, _, step in slab.dims], slab.index))
             else:
                 items = to.numel()
                 to.copy_(
-                    source[begin : begin + items]
+                    scratch[begin : begin + items]
                     .view(sizes[::-1])
                     .permute(*range(len(sizes))[::-1])
                 )
@@ -120,5 +120,5 @@ def copy(source: Tensor, work: Work) -> None:
 
 
 def whole(items: int) -> list[Slab]:
-    """All of a contiguous tensor."""
+    """Return the slab of all of a contiguous tensor."""
     return [Slab(0, 0, ((items, 1, 1),))]

@@ -30,7 +30,10 @@ kernels.packer(kernels._cpu, "sparse", "q rows, q zeros, q row_stride, 40x unuse
 
 
 def words_drawn(fill: Fill, cached: bool) -> int:
-    """32-bit words torch draws for it; `cached`: the generator holds a second normal sample."""
+    """Return how many 32-bit words torch draws for a fill.
+
+    `cached`: the generator holds the second normal of a pair.
+    """
     n = fill.items
     per_item = 2 if fill.tensor.dtype is torch.float64 else 1
     if fill.op == "uniform":
@@ -59,12 +62,12 @@ _Do = Callable[[bytes, list[int], list[cpu_qr.Job]], None]  # packed fills, word
 
 
 class _Stage:
-    """Fills that touch different memory and whose words are known: one native call."""
+    """Collects fills that touch different memory and whose words are known: one native call."""
 
     def __init__(
         self, states: list[source.State], index: dict[int, int], alone: bool, do: _Do
     ) -> None:
-        """`states` may be missing if `is_known` of all fills. `do` gets each stage."""
+        """Take the generators' states (none if all fills are known), and what runs each stage."""
         self._states, self._index, self._alone, self._do = states, index, alone, do
         self._begin()
 
@@ -78,7 +81,7 @@ class _Stage:
         self._made_cached = [False] * len(self._index)  # in this stage: its value is not known yet
 
     def add(self, fill: Fill) -> int:
-        """How many times the tensor's version goes up."""
+        """Add a fill, and return how many times the tensor's version goes up."""
         if fill.op != "orthogonal":
             return self._put(fill, True)
         normals = fill_.gaussian_of(fill)
@@ -93,7 +96,7 @@ class _Stage:
         return fill.bumps
 
     def _put(self, fill: Fill, droppable: bool) -> int:
-        src = -1 if fill.generator is None else self._index[source.key_of(fill.generator)]
+        src = -1 if fill.generator is None else self._index[source.generator_id(fill.generator)]
         if fill.op == "trunc_normal":  # how many words it draws depends on their values
             self.flush()
             packed = _pack(fill, geometry.address_of(fill.tensor), 0, src, False)
@@ -117,7 +120,7 @@ class _Stage:
         return fill.bumps
 
     def _make_room(self, extent: tuple[int, int], fill: Fill, droppable: bool) -> None:
-        """One that is overwritten completely is not done; its words still count."""
+        """Make room for a fill; what it overwrites completely is not done, but its words count."""
         dropped = self._room.take(fill, extent, len(self._packed), droppable)
         if dropped is None:
             self.flush()
@@ -133,7 +136,7 @@ class _Stage:
 
 
 def run(fills: Sequence[Fill], bumps: list[int], progress: bool | None = None) -> None:
-    """Do the fills as if torch had done them one by one; `bumps`: of the tensors' versions."""
+    """Do the fills as if torch had done them one by one; note in `bumps` how versions go up."""
     generators, index = _generators(fills)
     runner = _Runner(progress)
 
@@ -150,14 +153,19 @@ def run(fills: Sequence[Fill], bumps: list[int], progress: bool | None = None) -
 
 
 def _generators(fills: Sequence[Fill]) -> tuple[list[torch.Generator], dict[int, int]]:
-    """All that they draw from, and the place of each, by key."""
-    found = {source.key_of(f.generator): f.generator for f in fills if f.generator is not None}
+    """Return the generators they draw from, and the place of each by its id."""
+    found = {
+        source.generator_id(f.generator): f.generator for f in fills if f.generator is not None
+    }
     return list(found.values()), {key: i for i, key in enumerate(found)}
 
 
 class _Runner:
-    """Runs stages. Matrices are factored before the next one, or at the end, when the generators
-    have been put back: that may take long, and needs nothing of them."""
+    """Runs stages, and factors the matrices of each before the next one.
+
+    Those of the last are factored when the generators have been put back: that may take long, and
+    needs nothing of them.
+    """
 
     def __init__(self, progress: bool | None) -> None:
         self._progress = progress
@@ -179,7 +187,7 @@ class _Runner:
 
 
 def is_known(fill: Fill) -> bool:
-    """Whether what it draws does not depend on values, nor needs memory that is not its own."""
+    """Return whether a fill's words do not depend on values, and it needs no other memory."""
     drawn = fill_.numbers_of(fill)
     in_place = drawn is fill or drawn.tensor.dtype is fill.tensor.dtype
     return in_place and drawn.op not in ("normal_pairs", "trunc_normal")
@@ -212,14 +220,16 @@ class Batch:
 
 
 def draw_ahead(fill: Fill, scratch: torch.Tensor) -> torch.Tensor:
-    """Move its generator on as if it had been filled; the generator's state before."""
+    """Move a fill's generator on as if it were done; return the generator's state from before."""
     assert fill.generator is not None
     return source.draw_ahead(fill.generator, words_drawn(fill_.numbers_of(fill), False), scratch)
 
 
 def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
-    """Do fills whose words were drawn ahead, in one native call as long as there is room for the
-    normals of matrices. None may overlap another."""
+    """Do fills whose words were drawn ahead, none of which may overlap another.
+
+    It is one native call as long as there is room for the normals of matrices.
+    """
     packed: list[bytes] = []
     states: list[int] = []
     jobs: list[cpu_qr.Job] = []

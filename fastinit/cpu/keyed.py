@@ -45,7 +45,7 @@ class _OnCpu(Batch):
 
 
 def run(works: Iterable[Work]) -> None:
-    """Write everything, in one native call as long as there is room for what is made elsewhere.
+    """Write all works, in one native call as long as there is room for what is made elsewhere.
 
     No two may overlap. Tensors of other devices are filled here and copied.
     """

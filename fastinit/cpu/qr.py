@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Gaussian matrices in CPU memory become orthogonal ones: batches, their progress, interruption.
+"""Orthogonal factors of Gaussian matrices in CPU memory: batches, their progress, interruption.
 
 csrc/cpu/qr.inl.h has the arithmetic, docs/design.md the two ways.
 """
@@ -32,7 +32,7 @@ _SOON = 2.0  # seconds; what takes longer gets a bar
 
 
 class Job(NamedTuple):
-    """So many Gaussian matrices, one behind the other, and where to write gain times their Q."""
+    """Gaussian matrices of one shape, one behind the other, and where to write gain times Q."""
 
     gaussian: int  # address: float64 for float64, otherwise float32
     out: int  # address; may be the same
@@ -56,7 +56,7 @@ def job(fill: Fill, gaussian: int, out: int, kept: Tensor) -> Job:
 
 
 def run(jobs: Sequence[Job], progress: bool | None = None) -> None:
-    """Write the matrices. `progress`: show a bar; None: on a terminal, if it takes long."""
+    """Write the matrices, and show a bar: if `progress`, or if None on a terminal when it takes long."""
     total = sum(j.operations for j in jobs)
     if total <= _BATCH * torch.get_num_threads():
         _run(jobs, ())
@@ -82,7 +82,7 @@ def run(jobs: Sequence[Job], progress: bool | None = None) -> None:
 
 
 def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """In order, each of so many operations, or of one matrix."""
+    """Yield the jobs in order, cut into batches of about _BATCH operations, at least one matrix."""
     batch: list[Job] = []
     most = room = _BATCH * torch.get_num_threads()
     for j in jobs:
@@ -161,7 +161,7 @@ def write_haar_(tensor: Tensor, gaussian: Tensor, gain: float = 1.0) -> Tensor:
 
 
 def haar_job(tensor: Tensor, gaussian: Tensor, gain: float) -> Job:
-    """See `write_haar_`."""
+    """Return the job of `write_haar_`."""
     rows, cols = tensor.shape[-2:]
     count = tensor.numel() // (rows * cols)
     need = count * fill_.packed_items(rows, cols)

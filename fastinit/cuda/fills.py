@@ -65,7 +65,7 @@ class Grid(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def grid(items: int, size: int, device: int) -> Grid:
-    """For elements of so many bytes; a thread makes 4 of them in a trip, of float64 2."""
+    """Return torch's grid for elements of `size` bytes; a thread makes 4 in a trip, of float64 2."""
     processors, resident = runtime.grid_of(device)
     threads = _LANES * min(-(-items // _LANES), processors * (resident // _LANES))
     trips = (items - 1) // (threads * (2 if size == 8 else 4)) + 1
@@ -96,7 +96,10 @@ def pieces(fill: Fill) -> list[Piece]:
 
 
 def _split(piece: Piece, size: int) -> Iterator[Piece]:
-    """TensorIteratorBase::with_32bit_indexing: halves of the dimension that reaches farthest."""
+    """Halve the dimension that reaches farthest until 32 bits do.
+
+    As TensorIteratorBase::with_32bit_indexing of ATen.
+    """
     reach = [(n - 1) * stride * size for n, stride in zip(piece.sizes, piece.strides)]
     if piece.items <= geometry.MOST_AT_ONCE and 1 + sum(reach) <= geometry.MOST_AT_ONCE:
         yield piece
@@ -117,7 +120,7 @@ def _split(piece: Piece, size: int) -> Iterator[Piece]:
 
 
 def blocks_drawn(fill: Fill, parts: Sequence[Piece]) -> int:
-    """By how much one draw of the whole tensor moves the generator on.
+    """Return by how many blocks one draw of the whole tensor moves the generator on.
 
     Where torch has to split a tensor, it has already drawn for the whole of it, for nothing.
     """
@@ -142,7 +145,7 @@ class _Entry(NamedTuple):
 
 
 class Launch:
-    """Fills of one device that touch different memory, from any generators' numbers."""
+    """Collects fills of one device that touch different memory, from any generators."""
 
     def __init__(self, device: int) -> None:
         self.device = device
@@ -158,7 +161,7 @@ class Launch:
         self._table: tuple[Tensor, int] | None = None  # them in device memory; of which stream
 
     def _index(self, source: int) -> int | None:
-        """Of a generator in this launch; None: there are too many."""
+        """Return the launch's index for this generator, or None if the launch has no slot left."""
         if source not in self.sources:
             if len(self.sources) == runtime.MOST_SOURCES:
                 return None
@@ -168,7 +171,7 @@ class Launch:
         return self.sources.index(source)
 
     def put(self, fill: Fill, address: int, source: int, block: int) -> bool:
-        """A fill that overlaps no other, whose numbers begin at a block. False: no room is left."""
+        """Add a fill that overlaps no other, from a block on; return False if no room is left."""
         at = self._index(source) if source >= 0 else -1
         if at is None or len(self._entries) == _MOST_FILLS:
             return False
@@ -177,7 +180,7 @@ class Launch:
         return True
 
     def add(self, fill: Fill, source: int) -> bool:
-        """A fill that goes on where those before have left its generator.
+        """Add a fill that goes on where those before have left its generator.
 
         `source`: number of the generator, -1 if there is none. False: it has to come after all that
         is in this launch.
@@ -199,7 +202,7 @@ class Launch:
             self._matrices.append(cuda_qr.Job(x, y, rows, cols, fill.scale))
 
     def _make_room(self, fill: Fill, droppable: bool) -> bool:
-        """What it overwrites completely is not done."""
+        """Make room for a fill; what it overwrites completely is not done."""
         dropped = self._room.take(fill, fill_.extent(fill), len(self._entries), droppable)
         if dropped is None:
             return False
@@ -230,7 +233,7 @@ class Launch:
         return True
 
     def _pack(self, masks: list[Tensor]) -> tuple[bytes, int, int]:
-        """`masks`: gets what has to live until the kernel is launched."""
+        """Return the packed descriptors; `masks` gets what has to live until the launch."""
         packed: list[bytes] = []
         tiles = 0
         for entry in self._entries:
@@ -248,7 +251,7 @@ class Launch:
         return b"".join(packed), len(packed), tiles
 
     def go(self, states: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-        """Start it. Blocks behind what each of its sources has drawn; rounds of each slot.
+        """Start it; return the block behind what each source has drawn, and the rounds of each slot.
 
         `states`: (seed, block) of each generator. Waits for the kernel if it has slots.
         """
@@ -292,7 +295,7 @@ class Launch:
 
 
 def _descriptors(entry: _Entry, tile: int, mask: int) -> Iterable[tuple[bytes, int]]:
-    """Packed, and how many tiles it has."""
+    """Yield descriptors, packed, and how many tiles each has."""
     fill, address, src, block, after, slot = entry
     dtype = fill.tensor.dtype
     size = dtype.itemsize
@@ -349,11 +352,11 @@ def _split_descriptors(
 
 
 class Batch:
-    """Fills of one device in order, packed. May run again while the tensors stay where they are."""
+    """Packed fills of one device, in order, that may run again while the tensors stay in place."""
 
     def __init__(self, fills: Sequence[Fill]) -> None:
         self.device = fills[0].device
-        generators = {source.key_of(f.generator): f.generator for f in fills if f.generator}
+        generators = {source.generator_id(f.generator): f.generator for f in fills if f.generator}
         self._generators = list(generators.values())
         index = {key: i for i, key in enumerate(generators)}
         # sparse_ draws from it; generators are locked together so that no two threads can wait for
@@ -363,7 +366,7 @@ class Batch:
         self._bumps: list[int] = []
         self.rejects: list[int] = []  # positions of fills, in the order of the launches' slots
         for i, fill in enumerate(fills):
-            src = -1 if fill.generator is None else index[source.key_of(fill.generator)]
+            src = -1 if fill.generator is None else index[source.generator_id(fill.generator)]
             if not self._launches[-1].add(fill, src):
                 self._launches.append(Launch(self.device))
                 self._launches[-1].add(fill, src)
@@ -372,7 +375,7 @@ class Batch:
             self._bumps.append(fill.bumps)
 
     def run(self, bumps: list[int]) -> None:
-        """Draw on from where the generators are. `bumps`: of the versions of the fills' tensors."""
+        """Draw on from where the generators are; note in `bumps` how versions go up."""
         kernels.refuse_in_graph()
         rounds: list[int] = []
         with source.turn(*self._generators, *self._lent):
@@ -390,7 +393,7 @@ class Batch:
 
 
 def run(fills: Sequence[Fill], bumps: list[int]) -> None:
-    """Do the fills as if torch had done them one by one; `bumps`: of the tensors' versions."""
+    """Do the fills as if torch had done them one by one; note in `bumps` how versions go up."""
     for part in within_memory(fills):
         of_part: list[int] = []
         Batch(fills[part]).run(of_part)
@@ -398,12 +401,12 @@ def run(fills: Sequence[Fill], bumps: list[int]) -> None:
 
 
 def stream(fill: Fill) -> int:
-    """On which it is asked for now."""
+    """Return the stream on which a fill is asked for now."""
     return runtime.stream_of(fill.device)
 
 
 def draw_ahead(fill: Fill) -> tuple[int, int]:
-    """Move its generator on as if it had been filled; (seed, block) of its numbers."""
+    """Move a fill's generator on as if it were done; return seed and block of its numbers."""
     assert fill.generator is not None
     if fill.op == "sparse":
         fill.mask = _draw_mask(fill)
@@ -416,8 +419,10 @@ def draw_ahead(fill: Fill) -> tuple[int, int]:
 
 
 def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
-    """Do fills whose numbers were drawn ahead: a launch for each device, if all were asked for on
-    one stream and with few seeds. None may overlap another."""
+    """Do fills whose numbers were drawn ahead, none of which may overlap another.
+
+    It is one launch for each device, if all were asked for on one stream and with few seeds.
+    """
     kernels.refuse_in_graph()
     for part in within_memory([fill for fill, _ in fills]):
         _run_ahead(fills[part])
@@ -451,7 +456,7 @@ def _run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
 
 
 def _tensor_at(fill: Fill, storage: torch.UntypedStorage) -> Tensor:
-    """The tensor a fill was asked for, as a flat one."""
+    """Return the memory of the tensor that a fill was asked for, as a flat tensor."""
     dtype = fill.tensor.dtype
     with kernels.undisturbed():
         flat = torch.empty(0, dtype=dtype, device=storage.device)
@@ -459,7 +464,7 @@ def _tensor_at(fill: Fill, storage: torch.UntypedStorage) -> Tensor:
 
 
 def within_memory(fills: Sequence[Fill]) -> Iterator[slice]:
-    """Parts whose normals need no more memory of their own than there is to be."""
+    """Yield parts of the list whose normals need at most cuda_qr.MOST_MEMORY of their own."""
     start = scratch = 0
     for i, fill in enumerate(fills):
         own = 4 * fill.items if fill.op == "orthogonal" and fill.tensor.itemsize == 2 else 0
@@ -474,7 +479,7 @@ def within_memory(fills: Sequence[Fill]) -> Iterator[slice]:
 
 
 def _draw_mask(fill: Fill) -> Tensor:
-    """Ones, and zeros where torch would put them: drawn from the CPU's default generator."""
+    """Return ones, and zeros where torch would put them, drawn from the CPU's default generator."""
     with kernels.undisturbed():
         mask = torch.ones(fill.tensor.shape, dtype=torch.bfloat16, device="cpu")
     zeros = build.sparse_mask(mask, fill.zeros)

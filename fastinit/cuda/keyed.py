@@ -42,7 +42,7 @@ _MOST_UNITS = (1 << 31) - 1  # of a descriptor
 
 
 class Walk(NamedTuple):
-    """In which order the units of a slab are counted: along which axes, the nearest first."""
+    """The order in which the units of a slab are counted: along which axes, the nearest first."""
 
     is_row: bool  # dimension 0 is counted in units of 16 bytes, not in elements
     axes: tuple[tuple[int, int], ...]  # number of units, dimension
@@ -50,8 +50,10 @@ class Walk(NamedTuple):
 
 
 def run(works: Iterable[Work]) -> None:
-    """Write everything, on the current streams, in one launch for each device as long as there is
-    room for what is made elsewhere. No two may overlap."""
+    """Write all works on the current streams; no two may overlap.
+
+    It is one launch for each device as long as there is room for what is made elsewhere.
+    """
     if not kernels.can_use_cuda():
         raise RuntimeError(
             "fastinit: numbers of a Key cannot be written by kernels without fastinit._cuda, nor "
@@ -120,7 +122,7 @@ class _Launch(Batch):
 
 
 def _zeros_of(work: Work) -> Tensor:
-    """Where sparse_ leaves nothing: columns are shuffled, one step after another, on the CPU."""
+    """Return where sparse_ puts zeros; columns are shuffled one step after another, on the CPU."""
     ones = torch.ones(work.tensor.shape, dtype=torch.bfloat16, device="cpu")
     kernels.run_keyed(cpu_keyed.mask(work._replace(tensor=ones)))
     return ones == 0
@@ -130,7 +132,7 @@ def _zeros_of(work: Work) -> Tensor:
 
 
 def _axis(size: int, dim: int) -> bytes:
-    """With the constants of a division by multiplication: Granlund and Montgomery (1994)."""
+    """Pack an axis with the constants of division by multiplication (Granlund, Montgomery 1994)."""
     shift = (size - 1).bit_length()
     magic = (((1 << shift) - size) << 32) // size + 1
     return _AXIS.pack(size, magic, shift, dim)
@@ -154,7 +156,7 @@ def _walk(slab: Slab, of_unit: int) -> Walk:
 
 
 def _parts(slab: Slab, of_unit: int) -> Iterator[tuple[Slab, Walk]]:
-    """Halves of a slab until the kernel can count the units of each."""
+    """Halve a slab until the kernel can count the units of each part in 31 bits."""
     way = _walk(slab, of_unit)
     if way.units <= _MOST_UNITS:
         yield slab, way

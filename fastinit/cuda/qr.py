@@ -46,7 +46,7 @@ _MOST_BATCH = 65535  # of a grid's second dimension
 
 
 class Job(NamedTuple):
-    """One matrix."""
+    """A Gaussian matrix, and where to write gain times Q."""
 
     gaussian: Tensor  # contiguous; float32 or float64
     out: Tensor  # contiguous; float64 if `gaussian` is; may be the same memory
@@ -56,7 +56,7 @@ class Job(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the matrix, transposed if it has more columns than rows."""
+        """Rows and columns of the matrix, transposed if it has more columns than rows."""
         return max(self.rows, self.cols), min(self.rows, self.cols)
 
 
@@ -90,7 +90,7 @@ def orthonormalize(jobs: Sequence[Job], direct: bool = False) -> None:
 
 
 def working_bytes(m: int, n: int, size: int) -> int:
-    """How much memory a large m x n matrix needs besides its own."""
+    """Return how many bytes a large m x n matrix needs besides its own."""
     block = _block(n, size)
     columns, triangles, scalars = n * _pitch(m), -(-n // block) * block * block, 2 * n
     return size * (columns + _scratch(m, n, block) + triangles + scalars)
@@ -105,8 +105,10 @@ def _panel_bytes(m: int, width: int, size: int) -> int:
 
 
 def _threads(m: int, n: int, size: int) -> int:
-    """Of a block: up to 16 columns 8 for 2 columns, else a warp for 4 columns and 256 rows, of
-    float64 half of one."""
+    """Return the threads of a block.
+
+    Up to 16 columns 8 for 2 columns, else a warp for 4 columns and 256 rows, of float64 half a warp.
+    """
     if n <= 16 and m <= 64:
         return 64
     lanes = 16 if size == 8 else 32  # Medium of csrc/cuda/qr_small.h
@@ -119,13 +121,16 @@ def _pitch(m: int) -> int:
 
 
 def _block(n: int, size: int) -> int:
-    """Columns whose reflectors are applied together. More make fewer passes over the matrix, but
-    more flops; 128 columns of float64 would not fit into the shared memory of some GPUs."""
+    """Return how many columns' reflectors are applied together.
+
+    More make fewer passes over the matrix, but more flops; 128 columns of float64 would not fit into
+    the shared memory of some GPUs.
+    """
     return min(n, 32 if n < 384 else 64 if n < 1536 or size == 8 else 128)
 
 
 def _batches(group: Sequence[Job]) -> Iterator[Sequence[Job]]:
-    """Of equal size, so that the last does not take as long for less."""
+    """Yield batches of equal size, so that the last does not take as long for less."""
     (m, n), size = group[0].shape, group[0].gaussian.itemsize
     most = min(max(1, MOST_MEMORY // working_bytes(m, n, size)), _MOST_BATCH)
     count = -(-len(group) // -(-len(group) // most))
@@ -134,14 +139,16 @@ def _batches(group: Sequence[Job]) -> Iterator[Sequence[Job]]:
 
 
 def _scratch(m: int, n: int, block: int) -> int:
-    """Elements for products: two of a block's width and n columns, or one of m rows."""
+    """Return the elements for products: two of a block's width and n columns, or one of m rows."""
     return 2 * -(-block * (max(2 * n, m) + 2 * block) // 2)
 
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """float32 products are float32's, and cuBLAS may be used: torch has no other switches for
-    these than the process-wide ones, so other threads' products are exact meanwhile, too."""
+    """Let float32 products be float32's, and use cuBLAS.
+
+    torch has only process-wide switches for this, so other threads' products are exact, too.
+    """
     get = getattr(torch._C, "_get_fp32_precision_getter", None)
     if get is not None:  # torch 2.9; its older getters may raise where the newer have been used
         precision = get("cuda", "matmul")
@@ -196,8 +203,13 @@ class _Launcher:
         shape: tuple[int, int, int] = (0, 0, 0),
         panel: tuple[int, int, int, int] = (0, 0, 0, 0),
     ) -> None:
-        """`addresses`: of columns, triangles, tau, sign; `shape`: m, n, pitch; `panel`: first,
-        width, above, streams."""
+        """Launch a step.
+
+        Args:
+            addresses: of columns, triangles, tau, sign
+            shape: m, n, pitch
+            panel: first, width, above, streams
+        """
         table = 0 if self._table is None else geometry.address_of(self._table)
         numbers = (self._count, *shape, self._direct, self._is_double, *panel)
         packed = _ARGUMENTS.pack(table, *addresses, *numbers, self._packed)
@@ -205,7 +217,7 @@ class _Launcher:
 
 
 class _Work:
-    """Large matrices of one shape: A by columns in working memory, where V, then Q replace it."""
+    """Factors large matrices of one shape by columns in working memory: A, then V, then Q."""
 
     def __init__(self, jobs: Sequence[Job], direct: bool) -> None:
         self._launcher = _Launcher(jobs, direct)
@@ -253,12 +265,12 @@ class _Work:
         self._launcher.launch(step, grid, threads, shared, addresses, shape, panel)
 
     def _triangle(self, block: int, width: int) -> Tensor:
-        """T of a block, or of a panel of it while that is at work."""
+        """Return the memory of T of a block, or of a panel of it."""
         t = self._triangles[block, : self._count * width * width]
         return t.view(self._count, width, width)
 
     def _make_triangles(self, first: int, count: int) -> None:
-        """T of blocks from their V'V."""
+        """Compute T of blocks from their V'V."""
         for block in range(first, first + count):
             o, width = self._blocks[block]
             self._square(self._a[:, o:, o : o + width], self._triangle(block, width))
@@ -267,8 +279,10 @@ class _Work:
         self._launch("triangle", (count, self._count), 128, shared, panel)
 
     def _square(self, v: Tensor, out: Tensor) -> None:
-        """V'V, in float64: with float32's, the columns of Q were farther from orthogonal than
-        LAPACK's (1.1 times at n = 400; now 0.85)."""
+        """Return V'V in float64.
+
+        With float32's, Q was farther from orthogonal than LAPACK's (1.1 times at n = 400; now 0.85).
+        """
         if v.dtype == torch.float64:
             torch.bmm(v.mT, v, out=out)
             return
@@ -301,8 +315,10 @@ class _Work:
                 self._apply(o, self._triangle(block, block_width), end, self._n)
 
     def _panel_width(self, rows: int) -> int:
-        """The most columns that fit into shared memory. What does not is read from global memory
-        once per column, so it should be narrow."""
+        """Return the most columns that fit into shared memory.
+
+        A panel that does not is read from global memory once per column, so it should be narrow.
+        """
         most = runtime.shared(self._launcher.device)
         return next((w for w in _PANELS if _panel_bytes(rows, w, self._size) <= most), _PANELS[-1])
 
@@ -316,13 +332,13 @@ class _Work:
         return self._triangle(block, width)
 
     def _two(self, width: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Room for two products."""
+        """Return memory for two products."""
         size = self._count * width * columns
         both = self._scratch[: 2 * size].view(2, self._count, width, columns)
         return both[0], both[1]
 
     def _apply(self, first: int, t: Tensor, begin: int, end: int) -> None:
-        """(I - V T' V') to columns [begin, end): what the reflectors do in the factorisation."""
+        """Apply I - V T' V' to columns [begin, end), as the factorisation does."""
         width = t.shape[1]
         v, c = self._a[:, first:, first : first + width], self._a[:, first:, begin:end]
         x, y = self._two(width, end - begin)
@@ -331,8 +347,11 @@ class _Work:
         torch.baddbmm(c, v, y, alpha=-1, out=c)
 
     def _form(self) -> None:
-        """Q in the place of V, last block first: I - V T V' meets the identity in its own columns,
-        and in the later ones what is Q from its width on, and zero above."""
+        """Write Q in the place of V, last block first.
+
+        I - V T V' meets the identity in its own columns; later ones hold Q from the block's width
+        on, and zeros above.
+        """
         for block in reversed(range(len(self._blocks))):
             o, width = self._blocks[block]
             t = self._triangle(block, width)

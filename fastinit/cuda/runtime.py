@@ -19,19 +19,19 @@ MOST_SOURCES = 8  # generators of a launch
 
 @functools.cache
 def grid_of(device: int) -> tuple[int, int]:
-    """Multiprocessors of a GPU and the threads that fit on each."""
+    """Return the multiprocessors of a GPU and the threads that fit on each."""
     p = torch.cuda.get_device_properties(device)
     return p.multi_processor_count, p.max_threads_per_multi_processor
 
 
 def stream_of(device: int) -> int:
-    """The current stream's handle."""
+    """Return the handle of the current stream."""
     return int(torch._C._cuda_getCurrentRawStream(device))
 
 
 @contextmanager
 def on_stream(device: int, stream: int) -> Iterator[None]:
-    """Launch on a stream behind what the current one was asked for; that waits for it in turn."""
+    """Launch on a stream behind the current one, which then waits for it."""
     if stream_of(device) == stream:
         yield
         return
@@ -47,7 +47,7 @@ def on_stream(device: int, stream: int) -> Iterator[None]:
 
 
 def upload(data: bytes, device: int) -> Tensor:
-    """Bytes in device memory, by one asynchronous copy."""
+    """Copy bytes to device memory, asynchronously."""
     return copy(torch.frombuffer(bytearray(data), dtype=torch.uint8), device)
 
 
@@ -60,7 +60,7 @@ def zeros(size: int, device: int) -> Tensor:
 
 
 def _launch(kernel: Callable[..., None], device: int, *arguments: Any) -> None:
-    """On the device's current stream."""
+    """Launch a kernel on the device's current stream."""
     stream = stream_of(device)
     if torch._C._cuda_getDevice() == device:
         kernel(*arguments, device, stream)
@@ -91,7 +91,7 @@ def run_keyed(fills: bytes, table: int, count: int, tiles: int, device: int) -> 
 
 @functools.cache
 def shared(device: int) -> int:
-    """Bytes of shared memory that a block can ask for."""
+    """Return how many bytes of shared memory a block can ask for."""
     return int(kernels._cuda.most_shared(device))
 
 

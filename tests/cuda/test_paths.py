@@ -2091,7 +2091,7 @@ def test_locks_are_taken_in_one_order(
 
     @contextmanager
     def lock_of(generator: Any) -> Iterator[None]:
-        own = source.key_of(generator)
+        own = source.generator_id(generator)
         if own not in held and held and own < max(held):
             wrong.append((own, list(held)))
         held.append(own)
