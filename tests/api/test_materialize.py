@@ -20,7 +20,7 @@ import fastinit
 from fastinit.core import geometry, recording
 from tests.support.blocks import _full_of
 from tests.support.compare import BF16, F16, F32, F64, assert_equal_seen, attempt, bits
-from tests.support.models import ZOO, Tied, model_state
+from tests.support.models import ZOO, Tied, model_state, on_meta, reset
 
 Make = Callable[[], nn.Module]
 Fn = Callable[[nn.Module], Any]
@@ -36,18 +36,6 @@ def materialize_(model: Any, *args: Any, **kwargs: Any) -> Any:
 def large_from_4096(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sizes here are meant so."""
     monkeypatch.setattr(fastinit.core.geometry, "MIN_NATIVE", 4096)
-
-
-def on_meta(make: Make) -> nn.Module:
-    with torch.device("meta"):
-        return make()
-
-
-def reset(m: nn.Module) -> None:
-    for name in ("reset_parameters", "_reset_parameters"):
-        if hasattr(m, name):
-            getattr(m, name)()
-            return
 
 
 def assert_same(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -12,13 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.init as torch_init
 from torch import nn
 
 import fastinit
 from fastinit import init_model_
 from tests.support.compare import BF16, F16, F32, F64
-from tests.support.models import ZOO, assert_same_model, model_state
+from tests.support.models import (
+    ZOO,
+    assert_same_model,
+    by_name,
+    everything,
+    gpt2,
+    model_state,
+    resnet,
+    vit,
+)
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -33,56 +40,6 @@ def test_reset(kind: str, dtype: torch.dtype) -> None:
 def test_reset_is_native_and_fused(kind: str) -> None:
     """One native call for many fills, however small they are."""
     assert_same_model(ZOO[kind], None, init_model_, native=True)
-
-
-def gpt2(m: nn.Module, g: Any) -> None:
-    if isinstance(m, nn.Linear):
-        torch_init.normal_(m.weight, mean=0.0, std=0.02)
-        if m.bias is not None:
-            torch_init.zeros_(m.bias)
-    elif isinstance(m, nn.Embedding):
-        torch_init.normal_(m.weight, mean=0.0, std=0.02)
-        if m.padding_idx is not None:
-            m.weight.data[m.padding_idx].zero_()
-
-
-def resnet(m: nn.Module, g: Any) -> None:
-    if isinstance(m, nn.Conv2d):
-        torch_init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(m, (nn.BatchNorm2d, nn.GroupNorm)):
-        torch_init.constant_(m.weight, 1) if m.affine else None
-        torch_init.constant_(m.bias, 0) if m.affine else None
-
-
-def vit(m: nn.Module, g: Any) -> None:
-    if isinstance(m, nn.Linear):
-        fastinit.trunc_normal_(m.weight, std=0.02)
-        if m.bias is not None:
-            fastinit.zeros_(m.bias)
-    elif isinstance(m, nn.LayerNorm):
-        fastinit.ones_(m.weight)
-        fastinit.zeros_(m.bias)
-
-
-def everything(m: nn.Module, g: torch.Generator) -> None:
-    """Every function in turn on every parameter, with both generators."""
-    for i, p in enumerate(m.parameters(recurse=False)):
-        fastinit.uniform_(p, -0.1, 0.1)
-        torch_init.normal_(p, generator=g)
-        fastinit.trunc_normal_(p, std=0.5, a=-1.0, b=1.0)
-        if p.dim() == 2:
-            torch_init.sparse_(p, 0.5, generator=g)
-            if p.dtype in (F32, F64) and p.numel() and i % 2:
-                fastinit.orthogonal_(p, 1.5)
-        if p.dim() >= 2 and p.numel():
-            torch_init.xavier_uniform_(p)
-            fastinit.kaiming_uniform_(p, a=math.sqrt(5), generator=g)
-            p.data[::2].mul_(0.5)
-
-
-def by_name(m: nn.Module, g: torch.Generator) -> None:
-    for name, p in m.named_parameters():  # recursive: children are done again by their parents
-        (torch_init.zeros_ if name.endswith("bias") else torch_init.normal_)(p)
 
 
 @pytest.mark.parametrize("fn", [gpt2, resnet, vit, everything, by_name], ids=lambda f: f.__name__)

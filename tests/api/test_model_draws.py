@@ -12,12 +12,12 @@ import torch
 import torch.nn.init as torch_init
 from torch import nn
 from torch.nn.init import normal_ as bound_early
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastinit
 from fastinit import init_model_
 from tests.support.compare import F32, attempt
 from tests.support.models import Net, assert_same_model, model_state
+from tests.support.modes import EverythingIsSeven
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -243,17 +243,8 @@ def test_exception_is_the_users_own() -> None:
     assert plain.any()
 
 
-class Sevens(TorchDispatchMode):
-    """A mode of the user's that replaces all draws."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
-            return args[0].fill_(7.0)
-        return func(*args, **(kwargs or {}))
-
-
 def test_mode_of_the_user_around_it() -> None:
-    with Sevens():
+    with EverythingIsSeven():
         model = nn.Linear(30, 40)
         init_model_(model)
     assert (model.weight == 7.0).all()
@@ -263,7 +254,7 @@ def test_mode_of_the_user_around_it() -> None:
 def test_mode_of_the_user_within() -> None:
     def inside(m: nn.Module, g: G) -> None:
         torch_init.normal_(m.weight)
-        with Sevens():
+        with EverythingIsSeven():
             torch_init.normal_(m.weight[:5])
             torch_init.uniform_(m.bias)
         torch_init.uniform_(m.weight[3:8])

@@ -12,46 +12,14 @@ import pytest
 import torch
 import torch.nn.init as torch_init
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 import fastinit
 from tests.support.calls import CALLS, each_call
 from tests.support.compare import assert_same, attempt, bits
 from tests.support.layouts import box
+from tests.support.modes import DispatchLog, EverythingIsSeven, FunctionLog
 
 pytestmark = pytest.mark.usefixtures("native")
-
-
-class FunctionLog(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.log: list[Any] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.log.append((func, len(args), sorted(kwargs or {})))
-        return func(*args, **(kwargs or {}))
-
-
-class DispatchLog(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.log: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        described = tree_map(lambda a: a.shape if isinstance(a, torch.Tensor) else a, args)
-        self.log.append((str(func), described, sorted(kwargs or {})))
-        return func(*args, **(kwargs or {}))
-
-
-class EverythingIsSeven(TorchDispatchMode):
-    """Replaces every random draw, as deterministic-init tools do."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
-            return args[0].fill_(7.0)
-        return func(*args, **(kwargs or {}))
 
 
 @each_call

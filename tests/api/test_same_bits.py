@@ -11,8 +11,17 @@ import torch
 import fastinit
 from tests.support.compare import BF16, DTYPES, F16, F32, F64, Position, assert_same
 from tests.support.layouts import LAYOUTS, apart
+from tests.support.marks import slow, slow_but
+from tests.support.parameters import (
+    CONSTANTS,
+    LARGEST,
+    NORMAL_PARAMETERS,
+    TRUNC_PARAMETERS,
+    UNIFORM_BOUNDS,
+)
 
 pytestmark = pytest.mark.usefixtures("native")
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 # One call of each law that redraws, rounds and fills; name -> (function, arguments).
 LAWS = {
@@ -22,47 +31,38 @@ LAWS = {
     "constant": ("constant_", (0.1,)),
     "zeros": ("zeros_", ()),
 }
+RANDOM = ("uniform", "normal", "trunc_normal")
+each_law = pytest.mark.parametrize("law", LAWS)
 
 # Around the 16 of a normal block, the 624 words of a generator block, vector and tile widths.
-SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 63, 65, 127, 311, 312, 313)
-SIZES += (623, 624, 625, 640, 1000, 1247, 1248, 1249, 2047, 4095, 4096, 4097, 8191 + 16, 32769)
+SIZES = (1, 2, 7, 15, 16, 17, 33, 63, 312, 623, 624, 625, 1249, 4096, 4097, 32769)
+MORE = (3, 8, 9, 31, 32, 47, 48, 65, 127, 311, 313, 640, 1000, 1247, 1248, 2047, 4095, 8191 + 16)
 
-POSITIONS = [
-    Position(),
-    Position(words=1),
-    Position(words=3),
-    Position(words=607),  # 624 minus 17: a block of 16 ends one word before the refill
-    Position(words=623),
-    Position(words=624),
-    Position(words=625),
-    Position(words=1300),
-    Position(cached=True),
-    Position(words=620, cached=True),  # exactly at the refill, with a normal waiting
-    Position(seed=0),
-    Position(seed=-1),
-    Position(seed=2**40 + 5),
-]
+POSITIONS = [Position(), Position(words=623), Position(words=620, cached=True)]
+RARELY = [Position(words=n) for n in (1, 3, 607, 624, 625, 1300)]  # 607: 624 minus 17
+RARELY += [Position(cached=True), Position(seed=0), Position(seed=-1), Position(seed=2**40 + 5)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("law", LAWS)
-def test_sizes(law: str, dtype: torch.dtype) -> None:
+@each_dtype
+@each_law
+@pytest.mark.parametrize("sizes", [SIZES, *slow([MORE])], ids=["", "more"])
+def test_sizes(law: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
     name, args = LAWS[law]
-    for size in SIZES:
+    for size in sizes:
         assert_same(name, lambda n=size: apart(n, dtype), *args)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("law", LAWS)
-def test_many_elements(law: str, dtype: torch.dtype) -> None:
-    """More than one tile, so more than one thread; neither size is a multiple of anything."""
+@each_dtype
+@each_law
+@pytest.mark.parametrize("size", [100_003, *slow([262_144, 524_301])])
+def test_many_elements(law: str, dtype: torch.dtype, size: int) -> None:
+    """More than one tile, so more than one thread; the first size is no multiple of anything."""
     name, args = LAWS[law]
-    for size in (100_003, 262_144, 524_301):
-        assert_same(name, lambda n=size: apart(n, dtype), *args, at=Position(words=5))
+    assert_same(name, lambda: apart(size, dtype), *args, at=Position(words=5))
 
 
-@pytest.mark.parametrize("position", POSITIONS, ids=str)
-@pytest.mark.parametrize("law", ["uniform", "normal", "trunc_normal"])
+@pytest.mark.parametrize("position", [*POSITIONS, *slow(RARELY)], ids=str)
+@pytest.mark.parametrize("law", RANDOM)
 def test_generator_positions(law: str, position: Position) -> None:
     name, args = LAWS[law]
     for dtype in DTYPES:
@@ -70,59 +70,33 @@ def test_generator_positions(law: str, position: Position) -> None:
             assert_same(name, lambda n=size, d=dtype: apart(n, d), *args, at=position)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, *slow([F64, F16])], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, dtype: torch.dtype) -> None:
+def test_layouts(layout: str, dtype: torch.dtype, one_thread: None) -> None:
     for name, args in LAWS.values():
-        for size in (60, 1260, 5100):
-            for position in (Position(), Position(words=100, cached=True)):
-                assert_same(name, lambda n=size: LAYOUTS[layout](n, dtype), *args, at=position)
+        for size, position in [(60, Position()), (5100, Position(words=100, cached=True))]:
+            assert_same(name, lambda n=size: LAYOUTS[layout](n, dtype), *args, at=position)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "columns", "every_third", "channels_last"])
-@pytest.mark.parametrize("law", LAWS)
-def test_many_elements_not_contiguous(law: str, layout: str) -> None:
+@pytest.mark.parametrize("layout", slow_but(["transposed", "every_third", "columns"], "columns"))
+@pytest.mark.parametrize("dtype", [F32, *slow([BF16])], ids=str)
+@each_law
+def test_many_elements_not_contiguous(law: str, dtype: torch.dtype, layout: str) -> None:
     name, args = LAWS[law]
-    for dtype in (F32, BF16):
-        assert_same(name, lambda d=dtype: LAYOUTS[layout](150_000, d), *args)
+    assert_same(name, lambda: LAYOUTS[layout](150_000, dtype), *args)
 
 
-LARGEST = {d: torch.finfo(d).max for d in DTYPES}
-UNIFORM_BOUNDS = [
-    (0.0, 1.0),
-    (-1.0, 1.0),
-    (-0.0441941738, 0.0441941738),
-    (-1 / math.sqrt(300), 1 / math.sqrt(300)),
-    (-1e-3, 1e-3),
-    (-1e-30, 1e-30),  # underflows in float16
-    (1e-45, 3e-45),  # denormal in float32
-    (-1.0, 0.0),
-    (-1e-6, 0.0),  # float16 rounds 3 % of it up to `to`, which must become `from`
-    (-0.0, 0.0),
-    (0.0, -0.0),
-    (1.0, 1.0 + 2**-8),  # two bfloat16 neighbours: half of all draws round up to `to`
-    (1.0, 1.001),  # both ends equal in bfloat16
-    (3.0, 3.0),
-    (0.1, 0.1),
-    (0.1, 0.3),
-    (1000.0, 1001.0),
-    (-5.0, 30000.0),
-    (0.0, 65504.0),  # the largest float16
-    (0.0, 60000.7),
-    (-math.pi, math.e),
-    (0, 1),
-    (False, True),
-]
+USUAL = [(-0.0441941738, 0.0441941738), (-1e-6, 0.0), (1.0, 1.0 + 2**-8), (0.1, 0.3), (3.0, 3.0)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bounds", UNIFORM_BOUNDS, ids=str)
-def test_uniform_bounds(bounds: tuple[float, float], dtype: torch.dtype) -> None:
+@each_dtype
+@pytest.mark.parametrize("bounds", slow_but(UNIFORM_BOUNDS, *USUAL), ids=str)
+def test_uniform_bounds(bounds: tuple[float, float], dtype: torch.dtype, one_thread: None) -> None:
     assert_same("uniform_", lambda: apart(60_001, dtype), *bounds)
     assert_same("uniform_", lambda: LAYOUTS["columns"](4000, dtype), *bounds)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 def test_uniform_largest_bounds(dtype: torch.dtype) -> None:
     top = LARGEST[dtype]
     for bounds in [(0.0, top), (-top, 0.0), (-top / 2, top / 2), (top, top), (-top, -top)]:
@@ -143,61 +117,23 @@ def test_uniform_replaces_to_by_from(dtype: torch.dtype, low: float, high: float
     assert not (drawn == high).any()
 
 
-NORMAL_PARAMETERS = [
-    (0.0, 1.0),
-    (0.0, 0.02),
-    (0.0, 0.0),
-    (-0.0, 0.0),
-    (3.5, 0.0),
-    (0.1, 0.3),
-    (-2.0, 1e-3),
-    (1000.0, 1.0),
-    (0.0, 1e-8),
-    (0.0, 1e-42),
-    (0.0, 1e4),  # overflows float16
-    (0.0, 1e38),  # overflows float32
-    (0.0, 1e300),  # infinite already as a float32 parameter
-    (1e39, 1.0),
-    (math.inf, 1.0),
-    (0.0, math.inf),
-    (math.nan, 1.0),
-    (0, 1),
-    (True, False),
-]
+USUAL = [(0.0, 0.02), (3.5, 0.0), (0.1, 0.3), (0.0, 1e-42), (0.0, 1e4), (0.0, 1e300)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("parameters", NORMAL_PARAMETERS, ids=str)
+@each_dtype
+@pytest.mark.parametrize("parameters", slow_but(NORMAL_PARAMETERS, *USUAL), ids=str)
 def test_normal_parameters(parameters: tuple[float, float], dtype: torch.dtype) -> None:
     for size in (5, 4096, 4099):
         assert_same("normal_", lambda n=size: apart(n, dtype), *parameters)
     assert_same("normal_", lambda: LAYOUTS["columns"](999, dtype), *parameters)
 
 
-TRUNC_PARAMETERS = [
-    (0.0, 1.0, -2.0, 2.0),
-    (0.0, 0.02, -2.0, 2.0),  # a hundred standard deviations away: nothing is ever redrawn
-    (0.0, 0.02, -0.04, 0.04),
-    (0.0, 1.0, -1.0, 1.0),
-    (0.0, 1.0, -0.4, 0.4),  # probability 0.311: rejection, many rounds
-    (0.0, 1.0, -0.38, 0.38),  # probability 0.296: the other algorithm
-    (0.0, 1.0, -0.01, 0.01),
-    (0.0, 1.0, 1.5, 2.0),
-    (0.0, 1.0, 0.0, math.inf),
-    (0.0, 1.0, -math.inf, 0.25),
-    (0.0, 1.0, -math.inf, math.inf),
-    (0.0, 1.0, -6.0, 6.0),  # just beyond what 24-bit uniforms can reach
-    (0.0, 1.0, -5.0, 5.0),
-    (0.5, 0.25, 0.0, 1.0),
-    (1.0, 0.5, 0.1, 1.9),  # bounds that bfloat16 cannot hold
-    (1.0, 1.0, -0.3, 0.9999),
-    (-3.0, 2.0, -4.0, 0.0),
-    (0, 1, -2, 2),
-]
+USUAL = [(0.0, 0.02, -2.0, 2.0), (0.0, 1.0, -0.4, 0.4), (0.0, 1.0, -0.38, 0.38)]
+USUAL += [(1.0, 0.5, 0.1, 1.9), (0.0, 1.0, -math.inf, 0.25)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("parameters", TRUNC_PARAMETERS, ids=str)
+@each_dtype
+@pytest.mark.parametrize("parameters", slow_but(TRUNC_PARAMETERS, *USUAL), ids=str)
 def test_trunc_normal_parameters(parameters: tuple[float, ...], dtype: torch.dtype) -> None:
     for size in (1, 7, 15, 16, 33, 4099):
         for position in (Position(), Position(words=611, cached=True)):
@@ -206,10 +142,7 @@ def test_trunc_normal_parameters(parameters: tuple[float, ...], dtype: torch.dty
     assert_same("trunc_normal_", lambda: LAYOUTS["every_third"](999, dtype), *parameters)
 
 
-CONSTANTS = [0.0, -0.0, 1.0, 0.1, -3.75, 1e-45, 1e-7, 65504.0, 3, True, math.inf, -math.inf]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 def test_constants(dtype: torch.dtype) -> None:
     for value in [*CONSTANTS, math.nan, LARGEST[dtype], torch.tensor(0.7), torch.tensor(3)]:
         for layout in ("contiguous", "columns", "transposed", "offset_3"):
@@ -219,7 +152,7 @@ def test_constants(dtype: torch.dtype) -> None:
             assert_same(name, lambda n=size: apart(n, dtype))
 
 
-@pytest.mark.parametrize("law", LAWS)
+@each_law
 def test_no_elements_and_no_dimensions(law: str) -> None:
     name, args = LAWS[law]
     for shape in [(0,), (0, 3), (4, 0, 5), (), (1,), (1, 1, 1)]:
@@ -229,7 +162,7 @@ def test_no_elements_and_no_dimensions(law: str) -> None:
                 assert_same(name, make, *args, at=position)
 
 
-@pytest.mark.parametrize("law", LAWS)
+@each_law
 def test_around_the_smallest_native_size(law: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     name, args = LAWS[law]
@@ -238,9 +171,8 @@ def test_around_the_smallest_native_size(law: str, monkeypatch: pytest.MonkeyPat
     for size in {1, limit - 1, limit, limit + 1} - {0}:
         assert_same(name, lambda n=size: apart(n, F32), *args)
     # Filling with a constant is so cheap in torch that it pays only from far more elements on.
-    assert_same(
-        name, lambda: apart((limit + 1) * (600 if len(args) < 2 else 1), F32), *args, native=True
-    )
+    many = (limit + 1) * (600 if len(args) < 2 else 1)
+    assert_same(name, lambda: apart(many, F32), *args, native=True)
 
 
 # Where the suite insists on fastinit's own kernels, so that equality is not torch against torch.
@@ -249,13 +181,14 @@ NATIVE_LAYOUTS += ("every_second_row", "offset_1", "parameter", "data", "ones_wi
 
 
 @pytest.mark.parametrize("layout", NATIVE_LAYOUTS)
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_native_path_is_used(law: str, layout: str, dtype: torch.dtype) -> None:
+@each_law
+def test_native_path_is_used(law: str, layout: str) -> None:
     name, args = LAWS[law]
-    if law == "trunc_normal" and not LAYOUTS[layout](5040, dtype).is_contiguous():
-        args = (0.0, 0.02, -2.0, 2.0)  # rounds of redraws are native in contiguous memory only
-    assert_same(name, lambda: LAYOUTS[layout](5040, dtype), *args, native=True)
+    for dtype in DTYPES:
+        make = lambda d=dtype: LAYOUTS[layout](5040, d)  # noqa: E731
+        if law == "trunc_normal" and not make().is_contiguous():
+            args = (0.0, 0.02, -2.0, 2.0)  # redraws are native in contiguous memory only
+        assert_same(name, make, *args, native=True)
 
 
 @pytest.mark.parametrize("name", ["uniform_", "normal_", "zeros_"])

@@ -38,7 +38,6 @@ from torch.utils.dlpack import to_dlpack
 import fastinit
 from fastinit import execute
 from fastinit.core import geometry, kernels, recording
-from tests.cpu.test_exhaustive import WORDS, untemper
 from tests.support import blocks
 from tests.support.blocks import Block, Cases, compare, compare_in_process
 from tests.support.compare import (
@@ -51,6 +50,7 @@ from tests.support.compare import (
     assert_same,
     bits,
 )
+from tests.support.mt19937 import WORDS, untemper
 
 N = 20_000
 Make = Callable[[], Any]

@@ -13,9 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from tests.api.test_modes import DispatchLog, EverythingIsSeven, FunctionLog
 from tests.support.blocks import Block, Cases, compare
 from tests.support.compare import BF16, F64, attempt
+from tests.support.modes import DispatchLog, EverythingIsSeven, FunctionLog
 
 case = Cases()
 own = Cases()  # enter fused() themselves

@@ -12,24 +12,7 @@ import torch
 
 import fastinit
 from fastinit.core import geometry, kernels
-
-WORDS = 608  # per state, behind the first; a multiple of 16 below 624
-
-
-def untemper(y: np.ndarray) -> np.ndarray:
-    y = y ^ (y >> 18)
-    y = y ^ ((y << 15) & 0xEFC60000)
-    x = y
-    for _ in range(5):  # each time 7 more bits are right
-        x = y ^ ((x << 7) & 0x9D2C5680)
-    return x ^ ((x ^ (x >> 11)) >> 11)
-
-
-def temper(y: np.ndarray) -> np.ndarray:
-    y = y ^ (y >> 11)
-    y = y ^ ((y << 7) & 0x9D2C5680)
-    y = y ^ ((y << 15) & 0xEFC60000)
-    return y ^ (y >> 18)
+from tests.support.mt19937 import WORDS, temper, untemper
 
 
 def test_untemper() -> None:

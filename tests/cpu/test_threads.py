@@ -16,30 +16,13 @@ import torch.nn.init as torch_init
 
 import fastinit
 from tests.support.compare import DTYPES, F64, Position, bits
+from tests.support.threads import in_threads
 
 pytestmark = pytest.mark.usefixtures("native")
 
 
 def digest(tensor: torch.Tensor) -> bytes:
     return hashlib.sha256(bits(tensor).numpy().tobytes()).digest()
-
-
-def in_threads(*jobs: Callable[[], None]) -> None:
-    failures: list[BaseException] = []
-
-    def guarded(job: Callable[[], None]) -> None:
-        try:
-            job()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(job,)) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    assert not failures, failures
 
 
 @pytest.mark.parametrize("explicit", [True, False])

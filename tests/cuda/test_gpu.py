@@ -25,16 +25,6 @@ import fastinit
 from fastinit import init_model_, materialize_, probe
 from fastinit.core import geometry, kernels
 from fastinit.cuda import runtime
-from tests.api.test_materialize import on_meta, reset
-from tests.api.test_model import everything, gpt2, resnet, vit
-from tests.api.test_same_bits import (
-    CONSTANTS,
-    LARGEST,
-    NORMAL_PARAMETERS,
-    TRUNC_PARAMETERS,
-    UNIFORM_BOUNDS,
-)
-from tests.cpu.test_threads import in_threads
 from tests.support import cuda_model
 from tests.support.compare import (
     BF16,
@@ -50,7 +40,25 @@ from tests.support.compare import (
 )
 from tests.support.cuda_model import Gpu, State
 from tests.support.layouts import LAYOUTS, apart
-from tests.support.models import ZOO, Tied, model_state
+from tests.support.models import (
+    ZOO,
+    Tied,
+    everything,
+    gpt2,
+    model_state,
+    on_meta,
+    reset,
+    resnet,
+    vit,
+)
+from tests.support.parameters import (
+    CONSTANTS,
+    LARGEST,
+    NORMAL_PARAMETERS,
+    TRUNC_PARAMETERS,
+    UNIFORM_BOUNDS,
+)
+from tests.support.threads import in_threads
 
 pytestmark = pytest.mark.cuda
 

@@ -35,12 +35,12 @@ from fastinit.cpu import fills as cpu_fills
 from fastinit.cuda import fills as cuda_fills
 from fastinit.cuda import qr as cuda_qr
 from fastinit.cuda import runtime
-from tests.cpu.test_threads import in_threads
 from tests.support import cuda_model
 from tests.support.compare import BF16, DTYPES, F16, F32, F64
 from tests.support.cuda_host import Generator, Simulation, simulated
 from tests.support.cuda_model import H200, SMALL, State
 from tests.support.layouts import box
+from tests.support.threads import in_threads
 
 Call = tuple[str, torch.Tensor, tuple[Any, ...]]
 

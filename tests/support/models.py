@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.init as torch_init
 from torch import nn
 
 import fastinit
-from tests.support.compare import assert_equal_seen, attempt, bits, version
+from tests.support.compare import F32, F64, assert_equal_seen, attempt, bits, version
 
 
 def model_state(model: torch.nn.Module) -> dict[str, Any]:
@@ -67,6 +69,68 @@ def assert_same_model(
         seen.append(state)
     assert_equal_seen(seen[0], seen[1], "model")
     assert not native or count > 0, "fastinit left all of it to torch"
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return make()
+
+
+def reset(m: nn.Module) -> None:
+    for name in ("reset_parameters", "_reset_parameters"):
+        if hasattr(m, name):
+            getattr(m, name)()
+            return
+
+
+def gpt2(m: nn.Module, g: Any) -> None:
+    if isinstance(m, nn.Linear):
+        torch_init.normal_(m.weight, mean=0.0, std=0.02)
+        if m.bias is not None:
+            torch_init.zeros_(m.bias)
+    elif isinstance(m, nn.Embedding):
+        torch_init.normal_(m.weight, mean=0.0, std=0.02)
+        if m.padding_idx is not None:
+            m.weight.data[m.padding_idx].zero_()
+
+
+def resnet(m: nn.Module, g: Any) -> None:
+    if isinstance(m, nn.Conv2d):
+        torch_init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(m, (nn.BatchNorm2d, nn.GroupNorm)):
+        torch_init.constant_(m.weight, 1) if m.affine else None
+        torch_init.constant_(m.bias, 0) if m.affine else None
+
+
+def vit(m: nn.Module, g: Any) -> None:
+    if isinstance(m, nn.Linear):
+        fastinit.trunc_normal_(m.weight, std=0.02)
+        if m.bias is not None:
+            fastinit.zeros_(m.bias)
+    elif isinstance(m, nn.LayerNorm):
+        fastinit.ones_(m.weight)
+        fastinit.zeros_(m.bias)
+
+
+def everything(m: nn.Module, g: torch.Generator) -> None:
+    """Every function in turn on every parameter, with both generators."""
+    for i, p in enumerate(m.parameters(recurse=False)):
+        fastinit.uniform_(p, -0.1, 0.1)
+        torch_init.normal_(p, generator=g)
+        fastinit.trunc_normal_(p, std=0.5, a=-1.0, b=1.0)
+        if p.dim() == 2:
+            torch_init.sparse_(p, 0.5, generator=g)
+            if p.dtype in (F32, F64) and p.numel() and i % 2:
+                fastinit.orthogonal_(p, 1.5)
+        if p.dim() >= 2 and p.numel():
+            torch_init.xavier_uniform_(p)
+            fastinit.kaiming_uniform_(p, a=math.sqrt(5), generator=g)
+            p.data[::2].mul_(0.5)
+
+
+def by_name(m: nn.Module, g: torch.Generator) -> None:
+    for name, p in m.named_parameters():  # recursive: children are done again by their parents
+        (torch_init.zeros_ if name.endswith("bias") else torch_init.normal_)(p)
 
 
 class Net(nn.Module):
