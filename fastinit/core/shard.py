@@ -73,7 +73,7 @@ def global_shape(t: Tensor, given: Sequence[int] | None = None) -> torch.Size:
 def slabs(
     t: Tensor, global_shape: Sequence[int] | None = None, offset: Sequence[int] | None = None
 ) -> list[Slab]:
-    """Return the slabs of local(t); a plain t is the part at `offset` of a whole of `global_shape`."""
+    """Return the slabs of local(t); a plain t is the part at `offset` in a `global_shape`."""
     if global_shape is None and offset is None and type(t) in _PLAIN and t.is_contiguous():
         return [Slab(0, 0, ((t.numel(), 1, 1),))] if t.numel() else []  # most are like this
     (whole, held), here = _held(t, global_shape, offset), local(t)

@@ -56,7 +56,7 @@ def job(fill: Fill, gaussian: int, out: int, kept: Tensor) -> Job:
 
 
 def run(jobs: Sequence[Job], progress: bool | None = None) -> None:
-    """Write the matrices, and show a bar: if `progress`, or if None on a terminal when it takes long."""
+    """Write the matrices, and show a bar if `progress`; None: on a terminal, if it takes long."""
     total = sum(j.operations for j in jobs)
     if total <= _BATCH * torch.get_num_threads():
         _run(jobs, ())

@@ -65,7 +65,7 @@ class Grid(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def grid(items: int, size: int, device: int) -> Grid:
-    """Return torch's grid for elements of `size` bytes; a thread makes 4 in a trip, of float64 2."""
+    """Return torch's grid for elements of `size` bytes: a thread makes 4 a trip, of float64 2."""
     processors, resident = runtime.grid_of(device)
     threads = _LANES * min(-(-items // _LANES), processors * (resident // _LANES))
     trips = (items - 1) // (threads * (2 if size == 8 else 4)) + 1
@@ -251,7 +251,7 @@ class Launch:
         return b"".join(packed), len(packed), tiles
 
     def go(self, states: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-        """Start it; return the block behind what each source has drawn, and the rounds of each slot.
+        """Start it; return the block behind what each source draws, and the rounds of each slot.
 
         `states`: (seed, block) of each generator. Waits for the kernel if it has slots.
         """

@@ -107,7 +107,7 @@ def _panel_bytes(m: int, width: int, size: int) -> int:
 def _threads(m: int, n: int, size: int) -> int:
     """Return the threads of a block.
 
-    Up to 16 columns 8 for 2 columns, else a warp for 4 columns and 256 rows, of float64 half a warp.
+    Up to 16 columns 8 for 2 columns, else a warp for 4 columns and 256 rows, of float64 half of one.
     """
     if n <= 16 and m <= 64:
         return 64
@@ -123,8 +123,8 @@ def _pitch(m: int) -> int:
 def _block(n: int, size: int) -> int:
     """Return how many columns' reflectors are applied together.
 
-    More make fewer passes over the matrix, but more flops; 128 columns of float64 would not fit into
-    the shared memory of some GPUs.
+    More make fewer passes over the matrix, but more flops; 128 columns of float64 would not fit
+    into the shared memory of some GPUs.
     """
     return min(n, 32 if n < 384 else 64 if n < 1536 or size == 8 else 128)
 
@@ -281,7 +281,7 @@ class _Work:
     def _square(self, v: Tensor, out: Tensor) -> None:
         """Return V'V in float64.
 
-        With float32's, Q was farther from orthogonal than LAPACK's (1.1 times at n = 400; now 0.85).
+        With float32's, Q was less orthogonal than LAPACK's (1.1 times at n = 400; now 0.85).
         """
         if v.dtype == torch.float64:
             torch.bmm(v.mT, v, out=out)
