@@ -107,7 +107,7 @@ def _panel_bytes(m: int, width: int, size: int) -> int:
 def _threads(m: int, n: int, size: int) -> int:
     """Return the threads of a block.
 
-    Up to 16 columns 8 for 2 columns, else a warp for 4 columns and 256 rows, of float64 half of one.
+    Up to 16 columns 8 for 2 columns, else a warp for 4 columns and 256 rows (float64: half a warp).
     """
     if n <= 16 and m <= 64:
         return 64
