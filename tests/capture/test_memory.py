@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.init as torch_init
 from torch import nn
@@ -135,6 +136,30 @@ def fills_of_freed_windows(b: Block) -> Any:
     return w, v, row
 
 
-@pytest.mark.parametrize("name", DANGEROUS)
-def test_memory_that_goes_away(name: str, python: Callable[..., Any]) -> None:
-    compare_in_process(python, __name__, name)
+@DANGEROUS
+def grown(b: Block) -> Any:
+    """A storage whose size is not what it was."""
+    x = b.empty(5000).uniform_()
+
+    def more() -> torch.Tensor:
+        t = b.empty(5000)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.arange(50_000.0, out=t)
+        return t
+
+    t, u, v = more(), more(), more()
+    t[:5000].fill_(1)
+    t[5000:].fill_(2)
+    made = [t[:5000].clone(), copy.deepcopy(t[:5000]), t[5000:].clone()]
+    u.fill_(3)
+    u[:5000].copy_(x)
+    v[:5000].uniform_()
+    torch_init.orthogonal_(v[:4900].view(70, 70))
+    made.append(v.clone())
+    torch.arange(60_000.0, 70_000.0, out=b.empty(1).resize_(50_000).zero_()[:10_000])
+    return x, t, u, v, made
+
+
+def test_memory_that_goes_away(python: Callable[..., Any]) -> None:
+    compare_in_process(python, __name__)

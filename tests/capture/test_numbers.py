@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.nn.init as torch_init
 from torch import nn
 
-from tests.support.blocks import Block, Cases, compare
+from tests.support.blocks import Block, Cases, N, compare, each, same
 from tests.support.compare import BF16, DTYPES, F64, attempt
 
 case = Cases()
@@ -241,3 +242,53 @@ def changed_after_saving(b: Block) -> Any:
 @case.each
 def test_numbers(name: str, variant: str) -> None:
     compare(case[name], variant)
+
+
+# ---- conjugates, negatives, and strides of copies ----
+
+
+def conjugated() -> torch.Tensor:
+    return torch.view_as_complex(torch.randn(N, 2)).conj()
+
+
+@each(
+    {
+        "clone": lambda: conjugated().clone(),
+        "resolve": lambda: conjugated().resolve_conj(),
+        "product": lambda: conjugated() * 1,
+        "negative": lambda: conjugated().imag.clone(),
+        "resolved negative": lambda: conjugated().imag.resolve_neg(),
+        "real": lambda: conjugated().real.clone(),
+        "as real": lambda: torch.view_as_real(conjugated().resolve_conj()).clone(),
+        "copied": lambda: torch.empty(N, dtype=torch.complex64).copy_(conjugated()),
+        "deep copy": lambda: copy.deepcopy(conjugated()),
+        "filled": lambda: conjugated().zero_(),
+        "filled negative": lambda: [x := conjugated(), x.imag.fill_(3.0), x.imag.uniform_()],
+    }
+)
+def test_conjugates(make: Callable[..., Any]) -> None:
+    same(make)
+
+
+def layouts() -> list[torch.Tensor]:
+    row, image = torch.randn(1, N), torch.empty(8, 4, 30, 30)
+    return [
+        row,
+        row[:, None],
+        image.to(memory_format=torch.channels_last).normal_(),
+        torch.randn(200, 100),
+    ]
+
+
+@each(
+    {
+        "contiguous": lambda x: x.clone(memory_format=torch.contiguous_format),
+        "preserved": lambda x: x.clone(),
+        "like": torch.zeros_like,
+        "like, random": lambda x: torch.randn_like(x, memory_format=torch.contiguous_format),
+        "copied": copy.deepcopy,
+    }
+)
+def test_strides_of_copies(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Also those of dimensions with one element."""
+    same(lambda: [(make(x), make(x.t() if x.dim() == 2 else x.mT)) for x in layouts()])

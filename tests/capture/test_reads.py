@@ -172,7 +172,7 @@ def addresses(b: Block) -> Any:
 
 @case
 def storages(b: Block) -> Any:
-    w, seen = b.empty(40, 30), []
+    w, seen = b.empty(11, 30), []
     seen.append(bytes(w.normal_().untyped_storage()))
     seen.append(w.uniform_().untyped_storage().tolist())
     seen.append(bytes(w.normal_().untyped_storage().clone()))
@@ -180,7 +180,7 @@ def storages(b: Block) -> Any:
     seen += [w.normal_().storage().tolist(), w.zero_().storage()[5], w[2].uniform_().storage()[65]]
     storage = w.untyped_storage()
     w.uniform_()
-    seen += [bytes(storage), storage[4799]]
+    seen += [bytes(storage), storage[1319]]
     w[4].zero_()
     seen += [bytes(copy.deepcopy(storage)), pickle.dumps(storage.tolist()), storage.nbytes()]
     return w, seen

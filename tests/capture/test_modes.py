@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Inside fused(): modes, devices, compilers, transforms and subclasses."""
+"""Inside fused(): function and dispatch modes, fake tensors, default devices, inference mode."""
 
 from __future__ import annotations
 
-import functools
-import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.init as torch_init
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tests.support.blocks import Block, Cases, compare
-from tests.support.compare import BF16, F64, attempt
+from tests.support.blocks import Block, Cases, compare, each, same
+from tests.support.compare import (
+    BF16,
+    F32,
+    F64,
+    attempt,
+    bits,
+)
 from tests.support.modes import DispatchLog, EverythingIsSeven, FunctionLog
 
 case = Cases()
+
+
 own = Cases()  # enter fused() themselves
-
-
-# ---- modes ----
 
 
 @case
@@ -180,168 +184,71 @@ def deterministic_memory(b: Block) -> Any:
     return made
 
 
-# ---- transforms and compilers ----
-
-
-def fill_and_scale(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    x.normal_()
-    z = torch.zeros(400) + 1
-    y[3:].uniform_()
-    return x.sum() * z.fill_(2.0) + y.sum()
-
-
-@functools.lru_cache(None)
-def scripted() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated
-        return torch.jit.script(fill_and_scale)
-
-
-@case
-def torch_script(b: Block) -> Any:
-    w, v = b.empty(40, 30).normal_(), b.empty(400).uniform_()
-    made = [scripted()(w, v)]
-    v.zero_()
-    w[3:].uniform_()
-    return w, v, made, scripted()(w[2:], v)
-
-
-@functools.lru_cache(None)
-def compiled() -> Any:
-    return torch.compile(fill_and_scale, backend="eager")
-
-
-@case
-def torch_compile(b: Block) -> Any:
-    w, v = b.empty(40, 30).normal_(), b.empty(400).uniform_()
-    made = [compiled()(w, v)]
-    v.zero_()
-    w[3:].uniform_()
-    return w, v, made, compiled()(w, v)
-
-
-@case
-def function_transforms(b: Block) -> Any:
-    w, v, batch = b.empty(40, 30).normal_(), b.empty(30).uniform_(), b.empty(3, 400)
-    made = [
-        torch.func.vmap(lambda row: row * 2 + v)(w),
-        torch.func.grad(lambda x: (x * v).sum())(v),
-    ]
-    v.normal_()
-
-    def fill(x: torch.Tensor) -> torch.Tensor:
-        x.normal_()
-        x[3:9].zero_()
-        return x.sum() + torch.empty(400).uniform_().sum()
-
-    for how in ("same", "different", "error"):
-        made.append(attempt(torch.func.vmap(fill, randomness=how), batch.zero_())[:2])
-    made += [batch.clone(), torch.func.vmap(lambda x: x.fill_(3.0))(batch.normal_())]
-    layers = [nn.Linear(20, 30) for _ in range(3)]
-    parameters, _ = torch.func.stack_module_state(layers)
-    torch_init.zeros_(layers[0].weight)
-    made += [parameters, torch.func.functional_call(layers[0], {"bias": v}, (w[:20].t(),))]
-    made.append(torch.func.jvp(lambda x: x * w, (w,), (torch.ones(40, 30),)))
-    made.append(torch.func.jacrev(lambda x: (x * torch.zeros(30).fill_(2)).cumsum(0))(v))
-    return w, v, made, [layer.weight for layer in layers]
-
-
-@own
-def inside_function_transforms(b: Block) -> Any:
-    v, made = b.empty(30).normal_(), []
-
-    def build(x: torch.Tensor) -> torch.Tensor:
-        with b.fused():
-            w = torch.empty(30).uniform_()
-            w[3:9].zero_()
-            return (x * w).sum()
-
-    made += [torch.func.grad(build)(v), torch.func.jacrev(build)(v)]
-    made.append(torch.func.vmap(build, randomness="same")(v.expand(3, 30)))
-    return v, made, torch.utils.checkpoint.checkpoint(build, v, use_reentrant=False)
-
-
-# ---- subclasses ----
-
-
-class Wrapper(torch.Tensor):
-    """Computes with another tensor, out of sight of modes that handle the wrapper itself."""
-
-    inner: torch.Tensor
-
-    @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> Wrapper:
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-
-    def __init__(self, inner: torch.Tensor) -> None:
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inner = tree_map(lambda x: x.inner if isinstance(x, cls) else x, args)
-        result = func(*inner, **(kwargs or {}))
-        if func._schema.is_mutable:
-            return args[0]
-        return tree_map(lambda x: cls(x) if isinstance(x, torch.Tensor) else x, result)
-
-
-@case
-def wrapping_subclasses(b: Block) -> Any:
-    w, v = b.empty(40, 30).normal_(), b.empty(400)
-    x, y = Wrapper(w), nn.Parameter(Wrapper(v.zero_()))
-    seen = [(x + 1).inner.sum().item(), x.sum().item()]
-    w.uniform_()
-    seen += [x.sum().item(), x[3].inner]
-    x.normal_()
-    w[3].zero_()
-    torch_init.uniform_(y)
-    seen.append((y * 2).detach().inner)
-    v[3:].normal_()
-    with torch.no_grad():
-        y[:2].fill_(5)
-        x.copy_(w.t().contiguous().t())
-    return w, v, seen, Wrapper(torch.empty(400).zero_()).uniform_().inner
-
-
-class Plain(torch.Tensor):
-    pass
-
-
-class Logging(torch.Tensor):
-    log: list[str]
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.log.append(func.__name__)
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
-class Marked(nn.Parameter):
-    pass
-
-
-@case
-def plain_subclasses(b: Block) -> Any:
-    Logging.log = []
-    w, v = b.empty(40, 30).as_subclass(Plain), b.empty(400).as_subclass(Logging)
-    w.normal_()
-    w[3].zero_()
-    v.uniform_()
-    torch_init.normal_(v[:300])
-    torch_init.trunc_normal_(v[7:])
-    seen = [w.sum().item(), type(w.clone()).__name__, v.mean().item()]
-    p = Marked(b.empty(40, 30).normal_())
-    torch_init.uniform_(p)
-    w.uniform_()
-    buffer = nn.Buffer(b.empty(400).zero_())
-    return w, v, p, buffer, seen, list(Logging.log)
-
-
 @case.each
-def test_world(name: str, variant: str) -> None:
+def test_cases(name: str, variant: str) -> None:
     compare(case[name], variant)
 
 
 @own.each
-def test_blocks_of_their_own(name: str, variant: str) -> None:
+def test_scopes_of_their_own(name: str, variant: str) -> None:
     compare(own[name], variant, own=True)
+
+
+def mat() -> torch.Tensor:
+    return torch.randn(200, 100)
+
+
+def made_of_linear(change: Callable[[nn.Module], nn.Module]) -> Any:
+    layer = nn.Linear(200, 100)
+    return layer, change(layer)
+
+
+@each(
+    {
+        "contiguous": lambda: mat().t().contiguous(),
+        "contiguous already": lambda: mat().contiguous(),
+        "to": lambda: mat().to(F64),
+        "to itself": lambda: mat().to(F32),
+        "half": lambda: mat().half(),
+        "reshape": lambda: mat().t().reshape(-1),
+        "reshape without a copy": lambda: mat().reshape(-1).zero_(),
+        "flatten": lambda: mat().t().flatten(),
+        "flatten without a copy": lambda: mat().flatten().uniform_(),
+        "module": lambda: made_of_linear(lambda layer: layer.to(BF16)),
+        "double": lambda: made_of_linear(nn.Module.double),
+        "type_as": lambda: mat().type_as(torch.ones(1, dtype=F64)),
+        "expand_as": lambda: mat()[:1].expand_as(torch.empty(7, 100)).contiguous(),
+        "unflatten": lambda: mat().t().flatten().unflatten(0, (50, 400)),
+        "chunks": lambda: [x.reshape(-1) for x in mat().t().chunk(3)],
+        "matrix": lambda: mat().t() @ mat(),
+    }
+)
+def test_inference_mode(make: Callable[..., Any]) -> None:
+    """In it, composite operators such as reshape reach a mode undivided."""
+
+    def inside() -> Any:
+        with torch.inference_mode():
+            made = make()
+        x = made[1].weight if isinstance(made, tuple) else made
+        x = x[0] if isinstance(x, list) else x
+        # Not a clone, whose version is 0 under any dispatch mode and 1 without.
+        return made, x.is_inference(), bits(x).numpy(), x.sum().item()
+
+    same(inside)
+
+
+def test_symbolic_sizes() -> None:
+    def inside() -> Any:
+        env = ShapeEnv()
+        mode = FakeTensorMode(shape_env=env)
+        x = mode.from_tensor(torch.randn(50, 100))
+        assert isinstance(x.shape[0], torch.SymInt)
+        made = []
+        with mode:
+            for factory in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand):
+                made.append(factory(x.shape[0], 100))
+            made += [torch.full((x.shape[0], 100), 2.0), x.new_zeros(x.shape[0], 100)]
+            made += [torch.zeros_like(x), torch.empty_like(x).normal_(), x.new_full(x.shape, 3.0)]
+        return [tuple(map(str, t.shape)) for t in made], [str(guard.expr) for guard in env.guards]
+
+    same(inside)

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Inside fused(): the ways in which real models initialise; and that something is held back."""
+"""Inside fused(): the ways in which real models and tutorials initialise."""
 
 from __future__ import annotations
 
 import math
-import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.nn.init as torch_init
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -22,6 +20,8 @@ from tests.support.compare import BF16, F16, F64
 from tests.support.models import ZOO
 
 case = Cases()
+
+
 SAVED = {name: getattr(torch_init, name) for name in vars(torch_init) if name.endswith("_")}
 
 
@@ -139,47 +139,59 @@ def matrices(b: Block) -> Any:
     return wide, tall, square, kernel, sparse, torch_init.orthogonal_(b.empty(5, 4, 3, 3))
 
 
-# ---- truncated normals ----
+# ---- tutorials on weight initialisation ----
+
+
+class DigitNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 9, 3), nn.Conv2d(9, 16, 3)
+        self.fc1, self.fc2 = nn.Linear(16, 50), nn.Linear(50, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2, 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 3, 3)
+        return F.log_softmax(self.fc2(F.relu(self.fc1(x.flatten(1)))), dim=1)
 
 
 @case
-def truncated_normals(b: Block) -> Any:
-    made = []
-    for args in ((), (0, 0.02), (0, 1, -2, 2), (0, 0.02, -0.04, 0.04), (1, 1, 0, 5), (0, 1, 3, 4)):
-        for dtype in (torch.float32, BF16, F16, F64):
-            w = b.empty(20, 30, dtype=dtype).uniform_()
-            torch_init.trunc_normal_(w, *args)
-            torch_init.trunc_normal_(w[3:5], *args, generator=b.g)
-            made += [w, torch.get_rng_state()]
-            if dtype is BF16:
-                torch_init.trunc_normal_(b.empty(400), *args)
-                w[7].zero_()
-    return made, torch_init.trunc_normal_(nn.Parameter(b.empty(40, 30)), std=0.02)
+def tutorials(b: Block) -> Any:
+    """By isinstance, by data, by functions; with a look at the statistics in between."""
 
+    def by_function(m: nn.Module) -> None:
+        if type(m) in (nn.Linear, nn.Conv2d):
+            torch_init.xavier_uniform_(m.weight, gain=torch_init.calculate_gain("tanh"))
+            m.bias.data.fill_(0.01)
 
-def timm_trunc_normal_(w: Tensor, mean: float, std: float, a: float, b: float) -> Tensor:
-    def cdf(x: float) -> float:
-        return (1.0 + math.erf(x / math.sqrt(2.0))) / 2.0
+    def by_data(m: nn.Module) -> None:
+        if isinstance(m, nn.Conv2d):
+            torch_init.kaiming_uniform_(m.weight.data, nonlinearity="relu")
+            torch_init.constant_(m.bias.data, 0)
+        elif isinstance(m, nn.Linear):
+            m.weight.data.normal_(0.0, 1 / m.in_features**0.5)
+            m.bias.data.zero_()
 
-    with torch.no_grad():
-        low, high = cdf((a - mean) / std), cdf((b - mean) / std)
-        w.uniform_(2 * low - 1, 2 * high - 1)
-        w.erfinv_()
-        w.mul_(std * math.sqrt(2.0))
-        w.add_(mean)
-        w.clamp_(min=a, max=b)
-    return w
+    nets = [b.make(DigitNet) for _ in range(3)]
+    for net, function in zip(nets, (by_function, by_data)):
+        net.apply(function)
+    for law in (torch_init.zeros_, torch_init.ones_, torch_init.uniform_, torch_init.normal_):
+        for p in nets[2].parameters():
+            law(p)
+    seen = [nets[2].fc1.weight.mean().item(), nets[2].fc1.weight.std().item()]
+    seen.append(nets[2](torch.ones(2, 1, 12, 12)).sum().item())
+    torch_init.zeros_(nets[2].fc1.weight)
+    return nets, seen
 
 
 @case
-def truncated_normals_of_timm(b: Block) -> Any:
-    layer, w = b.make(nn.Linear, 40, 30), b.empty(1, 50, 24).zero_()
-    timm_trunc_normal_(layer.weight, 0, 0.02, -2, 2)
-    timm_trunc_normal_(w, 0, 1, -2, 2)
-    timm_trunc_normal_(layer.weight[3:5], 0, 1, -2, 2)
-    with torch.no_grad():
-        timm_trunc_normal_(w[0, 3], 0, 1, -2, 2).mul_(0.02).add_(1)
-    return layer, w
+def deprecated_names(b: Block) -> Any:
+    """Their warnings are torch's, and so many."""
+    net = b.make(DigitNet)
+    torch_init.constant(net.conv1.weight, 0)
+    torch_init.xavier_uniform(net.fc1.weight)
+    torch_init.kaiming_normal(net.fc2.weight)
+    torch_init.orthogonal(net.conv2.weight)
+    return net
 
 
 # ---- what is done to modules ----
@@ -290,13 +302,10 @@ def patched_functions(b: Block) -> Any:
     return layer, kept
 
 
-@case.each
 @pytest.mark.usefixtures("own_factors")
-def test_paths(name: str, variant: str) -> None:
+@case.each
+def test_cases(name: str, variant: str) -> None:
     compare(case[name], variant)
-
-
-# ---- that all this is not in vain ----
 
 
 @pytest.mark.parametrize(
@@ -316,89 +325,3 @@ def test_fills_are_held_back_and_dropped(name: str, dropped: int) -> None:
     assert report.written_elements > 0
     assert report.dropped_elements >= dropped
     assert fastinit.core.kernels.native_fills > count
-
-
-@pytest.mark.usefixtures("native")
-def test_report() -> None:
-    with fastinit.fused() as report:
-        w = torch.empty(40, 30).uniform_()
-        w.normal_()
-        v = torch.empty(400).uniform_()
-        del v
-    assert report.recorded_elements == 2800
-    assert report.dropped_elements == 1600
-    assert report.written_elements == 1200
-    assert not report.early
-    assert str(report)
-
-
-@pytest.mark.usefixtures("native")
-def test_report_of_early_writes() -> None:
-    with fastinit.fused() as report:
-        w, v = torch.empty(400).uniform_(), torch.empty(400).normal_()
-        assert not report.early
-        w.sum()
-        assert len(report.early) == 1
-        w.sum()  # nothing is pending
-        assert len(report.early) == 1
-        w.zero_()
-        v.zero_()
-    assert len(report.early) == 1
-    assert report.dropped_elements == 400  # of v; the first fill of w was read
-
-
-def test_small_fills_are_not_held_back() -> None:
-    with fastinit.fused() as report:
-        torch.empty(fastinit.core.geometry.MIN_NATIVE - 1).normal_()
-    assert report.recorded_elements == 0
-    with fastinit.fused() as report:
-        w = torch.empty(fastinit.core.geometry.MIN_NATIVE)
-        w.normal_()
-    assert report.recorded_elements == fastinit.core.geometry.MIN_NATIVE
-
-
-@pytest.mark.usefixtures("native")
-def test_nothing_is_held_back_outside() -> None:
-    """In another thread, after the block, and in a tensor from before it."""
-    before = torch.empty(400)
-    with fastinit.fused() as report:
-        thread = threading.Thread(target=lambda: torch.empty(400).normal_())
-        thread.start()
-        thread.join()
-        before.normal_()
-    torch.empty(400).normal_()
-    assert report.recorded_elements == 0
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, ValueError])
-def test_what_was_asked_for_is_written_though_the_body_fails(error: type[BaseException]) -> None:
-    torch.manual_seed(3)
-    expected = torch.empty(400).normal_()
-    torch.manual_seed(3)
-    with pytest.raises(error), fastinit.fused() as report:  # noqa: PT012
-        w = torch.empty(400).normal_()
-        raise error
-    assert torch.equal(w, expected)
-    assert report.written_elements == 400
-
-
-@pytest.mark.usefixtures("native")
-def test_nothing_is_left_behind() -> None:
-    """Neither modes nor replaced functions, however often, and however the block ends."""
-    owners = (Tensor, torch, torch_init, torch.random, torch.utils.dlpack, torch.UntypedStorage)
-    owners += (threading.Thread, ThreadPoolExecutor, np, nn.Module, nn.Parameter, torch.Generator)
-    with fastinit.fused():  # what is imported then
-        torch.empty(400).normal_()
-    before = [dict(vars(owner)) for owner in owners]
-    with fastinit.fused(), fastinit.fused():
-        torch.empty(400).normal_()
-    with pytest.raises(ValueError, match="body"), fastinit.fused():  # noqa: PT012
-        torch.empty(400).normal_()
-        raise ValueError("body")
-    for owner, then in zip(owners, before):
-        now = dict(vars(owner))
-        changed = [name for name in then.keys() | now.keys() if then.get(name) is not now.get(name)]
-        assert not changed, owner
-    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    assert not torch.overrides._get_current_function_mode_stack()
