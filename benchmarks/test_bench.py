@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The cases of fastinit.bench under pytest-benchmark, one test per contender.
+"""The cases of cpu.py, keyed.py and orthogonal.py under pytest-benchmark, one test per way.
 
 pytest benchmarks --benchmark-group-by=param:case
 """
 
+import importlib
+import os
+import sys
+
 import pytest
 
-from fastinit.cli import bench
+sys.path.insert(0, os.path.dirname(__file__))
+CASES = {
+    name: make
+    for module in ("cpu", "keyed", "orthogonal")
+    for name, make in importlib.import_module(module).CASES.items()
+}
 
-CASES = {case.name: case for case in bench.cases()}
-PAIRS = [(name, contender) for name, case in CASES.items() for contender in case.contenders]
 
-
-@pytest.mark.parametrize(("case", "contender"), PAIRS)
-def test_bench(benchmark, case: str, contender: str) -> None:
-    CASES[case].check()
-    rounds = CASES[case].rounds
-    benchmark.pedantic(CASES[case].contenders[contender], rounds=rounds, warmup_rounds=1)
+@pytest.mark.parametrize("way", ["torch", "one by one", "plan"])
+@pytest.mark.parametrize("case", CASES)
+def test_bench(benchmark, case: str, way: str) -> None:
+    made = CASES[case]()
+    if way not in made.ways:
+        pytest.skip(f"no {way}")
+    made.check()
+    benchmark.pedantic(made.ways[way], rounds=made.rounds, warmup_rounds=1)

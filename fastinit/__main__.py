@@ -15,10 +15,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", help="compare every bit of models initialised with torch and here")
     commands.add_parser("info", help="print versions and what was built")
     checking = commands.add_parser("verify", help="print which kinds of fill run natively here")
-    timing = commands.add_parser("bench", help="time torch and fastinit")
+    timing = commands.add_parser("bench", help="time torch and fastinit, ten cases")
     for command in (checking, timing):
         command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    timing.add_argument("--json", help="also write the figures to this file (with --device cuda)")
     timing.add_argument("cases", nargs="?", default="", help="only cases whose name contains this")
     looking = commands.add_parser("inspect", help="compare a model's tensors with their rules")
     looking.add_argument("target", help="module:factory, what builds the model without arguments")
@@ -46,11 +45,9 @@ def main() -> int:
 
         return inspect.main(arguments.target, arguments.seed, arguments.plot, arguments.meta)
     if arguments.command == "bench":
-        from fastinit.cli import bench, bench_cuda
+        from fastinit.cli import bench
 
-        if arguments.device == "cuda":
-            return bench_cuda.main(arguments.cases, arguments.json)
-        return bench.main(arguments.cases)
+        return bench.main(arguments.cases, arguments.device)
     from fastinit.cli import demo
 
     return demo.demo()

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 import fastinit
-from fastinit.cli import bench
+from fastinit.cli import info
 
 
 def demo() -> int:
     """Build two models, initialise each with torch and with fastinit, compare every bit."""
 
-    print(bench.header())
+    print(info.header())
     everything_equal = True
     for title, model, fn in (_cnn(), _gpt2()):
         n = sum(p.numel() for p in model.parameters())

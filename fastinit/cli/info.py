@@ -5,9 +5,34 @@ from __future__ import annotations
 
 import platform
 
+# Nothing that may be missing is imported before it is needed: `info` says what is missing.
+
+
+def cpu_model() -> str:
+    """Return the name of the processor."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def header() -> str:
+    """Return what a benchmark's figures depend on."""
+    import torch
+
+    import fastinit
+    from fastinit import _cpu
+
+    return (
+        f"{cpu_model()}, {torch.get_num_threads()} threads, target {_cpu.target()}, torch "
+        f"{torch.__version__} ({torch.backends.cpu.get_cpu_capability()}), fastinit "
+        f"{fastinit.__version__}, {_cpu.COMPILER}"
+    )
+
 
 def info() -> int:
-    """Versions and what was built; works as far as it can when something is broken."""
+    """Print versions and what was built, as far as they are known; return the exit status."""
     print(f"python    {platform.python_version()} on {platform.platform()}")
     try:
         import torch
@@ -23,12 +48,12 @@ def info() -> int:
     try:
         import fastinit
         from fastinit import _cpu
-        from fastinit.cli import bench
+        from fastinit.core import kernels  # noqa: F401
     except ImportError as error:
         print(f"fastinit  does not load: {error}")
         return 1
     print(f"fastinit  {fastinit.__version__}, built with {_cpu.COMPILER}")
-    print(f"processor {bench.cpu_model()}")
+    print(f"processor {cpu_model()}")
     targets = [
         f"{name}{'' if runs else ' (not on this processor)'}" for name, runs in _cpu.targets()
     ]
@@ -39,7 +64,7 @@ def info() -> int:
 
 
 def about_cuda() -> list[str]:
-    """What serves GPUs here, or why torch does."""
+    """Return lines that say what fills tensors on GPUs here."""
     import torch
 
     from fastinit.core import kernels
@@ -63,15 +88,14 @@ def about_cuda() -> list[str]:
 
 
 def verify(device: str = "cpu") -> int:
-    """Which operator, dtype and layout runs natively here, and why the others do not."""
+    """Print which operator, dtype and layout runs natively here, and why the others do not."""
     import torch
 
     from fastinit import probe
+    from fastinit.core.table import columns
 
     rows = probe.table(-1 if device == "cpu" else torch.cuda.current_device())
-    print(f"{'operator':<14}{'dtype':<10}{'layout':<12}{'runs':<8}why")
-    for op, dtype, layout, way, why in rows:
-        print(f"{op:<14}{dtype:<10}{layout:<12}{way:<8}{why}")
+    print(*columns([("operator", "dtype", "layout", "runs", "why"), *rows]), sep="\n")
     native = sum(way == "native" for *_, way, _ in rows)
     print(
         f"\n{native} of {len(rows)} kinds of fill run natively with torch's bits; "

@@ -27,6 +27,7 @@ from fastinit.cli import plot as inspect_plot
 from fastinit.cli.expected import Expected, Measured, Part, measure, parts_of
 from fastinit.cli.plot import Refused
 from fastinit.core import geometry
+from fastinit.core.table import columns
 from fastinit.fused import fused
 from fastinit.model import materialize_
 
@@ -191,7 +192,20 @@ def lines_of(report: Report) -> list[Line]:
     return list(lines.values())
 
 
-_HEADS = ("", "tensor", "shape", "dtype", "key", "mean", "expected", "std", "expected", "z", "")
+_HEADS = (
+    "",
+    "tensor",
+    "shape",
+    "dtype",
+    "key",
+    "mean",
+    "expected",
+    "std",
+    "expected",
+    "z",
+    "",
+    "written by",
+)
 _RIGHT = (0, 5, 6, 7, 8, 9)
 
 
@@ -199,13 +213,8 @@ def text(report: Report, lines: list[Line]) -> Iterator[str]:
     """What is printed."""
     head = str(report).splitlines()
     yield from itertools.takewhile(lambda line: not line.lstrip().startswith("tensor "), head)
-    columns = list(zip((*_HEADS, "written by"), *(line.cells() for line in lines)))
-    for i, column in enumerate(columns):
-        width = max(map(len, column))
-        columns[i] = tuple(x.rjust(width) if i in _RIGHT else x.ljust(width) for x in column)
     width = shutil.get_terminal_size((1000, 24)).columns  # that of a file is no matter
-    for cells in zip(*(column for column in columns if any(map(str.strip, column[1:])))):
-        yield "  ".join(cells)[:width].rstrip()
+    yield from columns([_HEADS, *(line.cells() for line in lines)], _RIGHT, width)
     off = [line.names[i] for line in lines for i in line.off]
     unwritten = [name for line in lines if line.is_unwritten for name in line.names]
     for title, names in (
