@@ -66,19 +66,3 @@ def test_the_blocks_docstring_is_tried() -> None:
     fused = importlib.import_module("fastinit.fused")
 
     assert doctest.testmod(fused).attempted >= 3
-
-
-def test_benchmark_cases_agree_with_torch() -> None:
-    from fastinit.cli import bench
-
-    for case in (bench._sparse(), bench._resnet(), bench._small()):
-        case.check()
-
-
-def test_benchmark_notices_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fastinit
-    from fastinit.cli import bench
-
-    monkeypatch.setattr(fastinit, "sparse_", lambda t, *_: t.zero_())
-    with pytest.raises(AssertionError, match="differs from torch"):
-        bench._sparse().check()

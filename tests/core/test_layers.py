@@ -30,7 +30,7 @@ ROOMS = {
     "model": {"core", "capture", "fused"},
     "plan": {"core", "cpu", "execute", "init", "capture", "model"},
     "__init__": {"core", "init", "capture", "install", "fused", "model", "plan"},
-    "cli": {"__init__", "core", "cpu", "cuda", "execute", "probe", "capture", "fused", "model"},
+    "cli": {"__init__", "core", "probe", "capture", "fused", "model"},
     "__main__": {"cli"},
 }
 # Who may touch what by itself: other modules go through the owner.
