@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import Parameter
 from torch.nn import init as torch_init
 
 from fastinit import execute, probe
@@ -31,8 +30,6 @@ ORIGINALS: dict[str, Callable[..., Any]] = {
     for name, function in vars(torch_init).items()
     if isinstance(function, FunctionType) and function.__module__ == "torch.nn.init"
 }
-
-PLAIN = frozenset((Tensor, Parameter))  # types whose values are what is in their storage
 
 
 def write(
@@ -98,7 +95,7 @@ def _write_keyed(name: str, tensor: Tensor, args: tuple[Any, ...], key: Key | No
 
 def may_run_natively(t: Any, least: int) -> bool:
     """Return whether a tensor is plain and large enough for a native call, and nobody watches."""
-    if type(t) not in PLAIN or torch._C._len_torch_function_stack() != 0:
+    if type(t) not in geometry.PLAIN or torch._C._len_torch_function_stack() != 0:
         return False  # before t.numel() would be seen
     n = t.numel()
     recorder = recording.this_thread.recorder
@@ -116,7 +113,7 @@ def has_no_elements(t: Any, generator: Source) -> bool:
     is_part = isinstance(generator, Key) and generator.global_shape is not None
     return (
         not is_part
-        and type(t) in PLAIN
+        and type(t) in geometry.PLAIN
         and torch._C._len_torch_function_stack() == 0
         and bool(t.numel() == 0)
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastinit.core import geometry, kernels, keyed_numbers, shard, source
-from fastinit.core.fill import Fill
+from fastinit.core.fill import Caller, Drawn, Fill
 from fastinit.core.key import Key
 from fastinit.core.laws import Law
 from fastinit.core.work import Work
@@ -120,25 +120,29 @@ def pack(fills: Sequence[Fill]) -> cpu_fills.Batch | None:
     return cpu_fills.Batch(fills)
 
 
-def ask_ahead(fill: Fill, scratch: torch.Tensor) -> None:
-    """Move a fill's generator on as if it were done, and note what `run_ahead` will need.
+def draw_ahead(fill: Fill, scratch: torch.Tensor, caller: Caller | None) -> Drawn:
+    """Move the fill's generator on as if it had been filled; the fill lets go of its tensor.
 
     `scratch`: memory for a generator's state, of the calling thread's own.
     """
+    drawn = Drawn(fill, geometry.in_storage(fill.tensor), caller=caller)
     if fill.device >= 0:
-        fill.stream = cuda_fills.stream(fill)
-    if fill.generator is not None:
-        on_cpu = fill.device < 0
-        fill.state = cpu_fills.draw_ahead(fill, scratch) if on_cpu else cuda_fills.draw_ahead(fill)
+        drawn.stream = cuda_fills.stream(fill)
+        if fill.generator is not None:
+            drawn.state, drawn.mask = cuda_fills.draw_ahead(fill)
+    elif fill.generator is not None:
+        drawn.state = cpu_fills.draw_ahead(fill, scratch)
+    fill.tensor = geometry.NO_TENSOR[fill.tensor.dtype]
+    return drawn
 
 
-def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
-    """Do fills whose words were drawn ahead. None may overlap another."""
-    on_cpu = [(fill, storage) for fill, storage in fills if fill.device < 0]
+def run_ahead(fills: Sequence[tuple[Drawn, torch.UntypedStorage]]) -> None:
+    """Write fills whose words were drawn ahead. None may overlap another."""
+    on_cpu = [(drawn, storage) for drawn, storage in fills if drawn.fill.device < 0]
     if on_cpu:
         cpu_fills.run_ahead(on_cpu)
     if len(on_cpu) < len(fills):
-        cuda_fills.run_ahead([(fill, storage) for fill, storage in fills if fill.device >= 0])
+        cuda_fills.run_ahead([(drawn, at) for drawn, at in fills if drawn.fill.device >= 0])
 
 
 # ---- the keyed stream ----------------------------------------------------------------------------

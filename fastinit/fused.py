@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastinit.capture.capture import Capture
 from fastinit.capture.hooks import hooked
+from fastinit.capture.keyed import KeyedCapture, SeededCapture
 from fastinit.capture.report import Report
 from fastinit.core.key import Key
 from fastinit.core.recording import set_recorder, this_thread
@@ -70,7 +71,7 @@ class fused(ContextDecorator):
                 outer.report.roots.append((weakref.ref(self._model), self._prefix))
             elif self._prefix not in ("", outer.report.prefix):
                 raise RuntimeError("a block with a prefix inside a block with another or none")
-            outer.adopt_all(self._adopted)
+            outer.storages.adopt_all(self._adopted)
             self._entered.append(outer.report)
             return outer.report
         report = Report(progress=self._progress, reason=_why_not(), prefix=self._prefix)
@@ -96,15 +97,15 @@ class fused(ContextDecorator):
         if isinstance(entered, _Scope):
             entered.end()
         elif self._adopted and isinstance(outer, Capture):
-            outer.adopt_no_more()
+            outer.storages.adopt_no_more()
 
 
 class _Scope:
     """The outermost scope of a thread: hooks, recorder and mode, in this order."""
 
     def __init__(self, report: Report, adopted: Iterable[Tensor], seed: int | None) -> None:
-        capture = Capture(report, seed)
-        capture.adopt_all(adopted)
+        capture = KeyedCapture(report) if seed is None else SeededCapture(report, seed)
+        capture.storages.adopt_all(adopted)
         with ExitStack() as undo:
             undo.enter_context(hooked())
             undo.callback(set_recorder, set_recorder(capture))

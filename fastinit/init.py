@@ -23,7 +23,6 @@ from fastinit.core.recording import Call
 from fastinit.cpu import qr as cpu_qr
 from fastinit.dispatch import (
     ORIGINALS,
-    PLAIN,
     Source,
     has_no_elements,
     is_keyed,
@@ -364,7 +363,7 @@ def _factor(
     shape: tuple[int, ...], like: Tensor, gain: float, generator: Generator | None
 ) -> tuple[Tensor, float]:
     """Return matrices of a shape, and what they have still to be multiplied by."""
-    plain = type(like) in PLAIN and like.is_cpu and not torch.compiler.is_compiling()
+    plain = type(like) in geometry.PLAIN and like.is_cpu and not torch.compiler.is_compiling()
     plain = plain and recording.modes_allow() and geometry.accepts(like, inference=True)
     with kernels.undisturbed() if plain else nullcontext():  # so that nothing waits
         drawn = like.new_empty(shape, dtype=gaussian_dtype(like.dtype))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastinit.capture.capture import Capture
 from fastinit.capture.names import named_tensors
-from fastinit.capture.operators import OVERWRITING, PLAIN, leaves
+from fastinit.capture.operators import OVERWRITING, leaves
 from fastinit.capture.report import Report
 from fastinit.core import geometry, recording, shard
 from fastinit.core.mode import Mode
@@ -154,13 +154,8 @@ def _watching(watch: _Watch) -> Iterator[None]:
         with watch:
             yield
         return
-    before = capture.watch, capture.modes
-    capture.watch, capture.modes = watch.note, capture.modes + 1
-    try:
-        with watch:
-            yield
-    finally:
-        capture.watch, capture.modes = before
+    with capture.watched(watch.note), watch:
+        yield
 
 
 _BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -233,7 +228,7 @@ class _Watch(Mode):
     def note(self, t: Tensor) -> None:
         """All of this has been written."""
         t = shard.local(t)
-        if type(t) not in PLAIN or t.layout is not torch.strided:
+        if not geometry.is_plain(t):
             return
         key = geometry.storage_id(t)
         if key in self._missing:

@@ -17,11 +17,7 @@ from fastinit.capture import names
 from fastinit.capture.capture import Capture
 from fastinit.capture.hooks import hooked
 from fastinit.capture.names import named_tensors
-from fastinit.capture.operators import (
-    PLAIN,
-)
 from fastinit.capture.walk import Walk
-from fastinit.core import fill as fill_
 from fastinit.core import geometry, keyed_numbers, laws, recording, shard, source
 from fastinit.core.fill import Fill, Room
 from fastinit.core.key import Key, derived
@@ -42,9 +38,10 @@ class _Fills(NamedTuple):
 
     law: Law
     fills: list[Fill]
+    extents: list[tuple[int, int]]  # of the fills' memory when they were recorded
 
     def has_moved(self) -> bool:
-        return any(fill_.extent(fill) != fill.extent for fill in self.fills)
+        return self.extents != [fill.extent for fill in self.fills]
 
 
 class _FillKeyed(NamedTuple):
@@ -92,11 +89,10 @@ class Plan(Recorder):
 
     def add(self, fills: list[Fill], law: Law) -> None:
         for fill in fills:
-            fill.extent = fill_.extent(fill)
             self._on_gpu |= fill.device >= 0
             if law.is_of_shape:
                 self.keep([fill.tensor])
-        self._append(_Fills(law, fills))
+        self._append(_Fills(law, fills, [fill.extent for fill in fills]))
 
     def call(self, call: Call) -> None:
         self._append(call)
@@ -111,7 +107,7 @@ class Plan(Recorder):
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Raise in `run` if one of these has moved, though only views of them were recorded."""
-        self._places += [(t, geometry.place(t)) for t in tensors if type(t) in PLAIN]
+        self._places += [(t, geometry.place(t)) for t in tensors if type(t) in geometry.PLAIN]
 
     def __len__(self) -> int:
         return len(self._steps)

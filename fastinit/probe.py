@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fastinit import execute
 from fastinit.core import build, geometry, kernels, laws, recording
-from fastinit.core import fill as fill_
-from fastinit.core.fill import Fill
+from fastinit.core.fill import Fill, gaussian_dtype
 from fastinit.cuda import fills as cuda_fills
 
 # Of csrc/plan.h: 1, multiply and add contracted; 2, the cephes polynomials of ATen's AVX2 kernel;
@@ -46,7 +45,7 @@ def proved(fill: Fill | None) -> Fill | None:
     """Return the fill with its flavour, or None if torch has to do it."""
     if fill is None or fill.tensor.dtype not in geometry.DTYPES:
         return None
-    drawn = fill_.numbers_of(fill)  # factors are not torch's to the bit, what is factored is
+    drawn = fill.drawn  # factors are not torch's to the bit, what is factored is
     dtype, device = drawn.tensor.dtype, fill.device
     if fill.rests_on and verdict(fill.rests_on, dtype, "contiguous", device) is None:
         return None
@@ -265,7 +264,7 @@ def _explain(
         if op == "normal" and function != "orthogonal_" and device < 0:
             op = "normal_pairs"
     if function == "orthogonal_":
-        dtype, layout = fill_.gaussian_dtype(dtype), "contiguous"
+        dtype, layout = gaussian_dtype(dtype), "contiguous"
     flavour = verdict(op, dtype, layout, device)
     if flavour is None and op == "trunc_normal" and device >= 0:
         op = "trunc_erfinv"

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Keys of the keyed stream: from a seed and a name to the key of Philox."""
+"""Names of a model's tensors, and which of them a part of memory has."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from fastinit.core import geometry, shard
@@ -25,7 +24,7 @@ _WRAPPERS = {
 def named_tensors(
     model: nn.Module, prefix: str = ""
 ) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Name, module, attribute and tensor of parameters, then buffers; tied ones as often as held.
+    """Yield name, module, attribute and tensor of parameters, then buffers, tied ones repeatedly.
 
     Names are those of `model.named_parameters()`, without what torch.compile, DDP, FSDP and
     activation checkpointing put in front of them.
@@ -66,16 +65,16 @@ class Names:
         self._of: dict[int, list[tuple[str, Tensor]]] = {}
         for name, t in named:
             here = shard.local(t)
-            if here.layout is torch.strided and type(here) in (Tensor, torch.nn.Parameter):
+            if geometry.is_plain(here):
                 key = geometry.storage_id(here)
                 self._exact.setdefault((key, box_of(here)), (name, t))
                 self._of.setdefault(key, []).append((name, t))
 
     def find(self, storage: int, box: Box, law: Law) -> tuple[str, list[Slab] | None] | None:
-        """The name that a key is made of, and what of the parameter a box of a storage is.
+        """Return the name that a key is made of, and what of the parameter a box of a storage is.
 
         Matrices that are parts of a parameter are wholes of their own: None as slabs, and the name
-        has the index of the first element behind it, in brackets. None: nobody's.
+        has the index of the first element behind it, in brackets. None if the box is nobody's.
         """
         exact = self._exact.get((storage, box))
         if exact is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What torch's operators do to memory, as far as capture.py and model.py treat them by name."""
+"""What torch's operators do to memory, as far as other modules treat them by name."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastinit.core import geometry, kernels, laws, source
 from fastinit.core.laws import Law
 
 _aten = torch.ops.aten
-PLAIN = (Tensor, nn.Parameter)  # types whose values are what is in their storage
 
 # The law of an operator from its arguments and keywords; None: it is no law for the kernels.
 LawOf = Callable[[Any, dict[str, Any]], Law | None]
@@ -83,8 +82,8 @@ _RANDOM: dict[Any, LawOf] = {
 }
 
 
-def numbers_of(func: Any, args: Any) -> tuple[str, float, float]:
-    """What one of FILLS or FACTORIES says it writes: name and two numbers."""
+def parameters_of(func: Any, args: Any) -> tuple[str, float, float]:
+    """Return what one of FILLS or FACTORIES says it writes: name and two numbers."""
     name = func._schema.name[6:].removeprefix("new_").removesuffix("_like").rstrip("_")
     numbers = [float(x) if type(x) in (int, float) else math.nan for x in args[1:3]]
     known = {"zero": 0.0, "zeros": 0.0, "ones": 1.0}
@@ -136,8 +135,9 @@ EMPTY = (
 # Views of all of a tensor, by which nobody asks for a single element.
 SAME = (_aten.detach.default, _aten.alias.default, _aten.as_strided.default, _aten.view.default)
 
-# Each is one of EMPTY with the same first arguments (how many), and a fill.
-FACTORIES: dict[Any, tuple[Any, int, LawOf]] = {
+# One of EMPTY, how many first arguments it has in common with the factory, and the law behind it.
+Factory = tuple[Any, int, LawOf]
+FACTORIES: dict[Any, Factory] = {
     _aten.zeros.default: (_empty, 1, _zero),
     _aten.ones.default: (_empty, 1, _one),
     _aten.full.default: (_empty, 1, _full),
@@ -175,7 +175,7 @@ def makes_native(args: Any, kwargs: dict[str, Any], least: int) -> bool:
     `least`: elements on the CPU that are.
     """
     like = args[0] if isinstance(args[0], Tensor) else None
-    if like is not None and type(like) not in PLAIN:
+    if like is not None and type(like) not in geometry.PLAIN:
         return False
     size = args[0] if like is None else args[1] if len(args) > 1 else like.shape
     if isinstance(size, (list, tuple)) and any(type(n) is not int for n in size):
@@ -235,6 +235,26 @@ def is_inplace(func: Any) -> bool:
         and len(schema.arguments) > 0
         and schema.arguments[0].alias_info is not None
         and schema.arguments[0].alias_info.is_write
+    )
+
+
+def is_fake(t: Any) -> bool:
+    """Return whether it is torch's FakeTensor, which has no memory; without loading its module."""
+    kind = type(t)
+    return kind.__name__ == "FakeTensor" and kind.__module__.startswith("torch.")
+
+
+def copies_plainly(to: Tensor, by: Any) -> bool:
+    """Return whether copy_ has no chance of an error or a warning.
+
+    What was there before then cannot be seen again.
+    """
+    return (
+        geometry.is_plain(by)
+        and by.shape == to.shape
+        and by.device == to.device
+        and geometry.is_here(by)
+        and not any(x.is_complex() or x.is_quantized or x.is_neg() for x in (to, by))
     )
 
 

@@ -1,37 +1,45 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Storages whose fills wait, and the order in which these are written."""
+"""Storages whose fills wait, these fills, and the order in which they are written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastinit.capture.report import Written
-from fastinit.core import fill as fill_
+from fastinit.capture.names import Box, box_of
+from fastinit.capture.written import Written
 from fastinit.core import geometry
-from fastinit.core.fill import Fill
+from fastinit.core.fill import Caller, Drawn
+from fastinit.core.laws import Law
+from fastinit.core.shard import Slab
 
 
 class Memory:
     """A storage whose fills may wait."""
 
-    __slots__ = ("asked", "fills", "key", "number", "touched", "weak", "written")
+    __slots__ = ("fills", "label", "overwrites", "storage_id", "touched", "weak", "written")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.key = geometry.storage_id(tensor)
-        # As long as it lives, no other storage gets this key.
+        self.storage_id = geometry.storage_id(tensor)
+        # As long as it lives, no other storage gets this id.
         self.weak = StorageWeakRef(geometry.storage_of(tensor))  # type: ignore[no-untyped-call]
-        self.fills: list[Fill] = []  # pending, in order
+        self.fills: list[Waiting] = []  # in the order in which they were asked for
         self.written: list[Written] = []  # for the report
-        self.number = ""  # which takes the place of a name in the keyed stream
+        self.label = ""  # takes the place of a name in the keyed stream: "#" and a number
         self.touched = False  # by anything that writes
-        self.asked = 0  # for how many fills of all of it
+        self.overwrites = 0  # fills that overwrote the whole storage
+
+    def storage(self) -> torch.UntypedStorage | None:
+        """Return the storage if it lives."""
+        return torch.UntypedStorage._new_with_weak_ptr(self.weak.cdata)
 
     def nbytes(self) -> int:
-        storage = torch.UntypedStorage._new_with_weak_ptr(self.weak.cdata)
+        storage = self.storage()
         return 0 if storage is None else storage.nbytes()
 
     def is_dead(self) -> bool:
@@ -43,7 +51,7 @@ class Memory:
         first = self.fills[0]
         if any(fill.op == "orthogonal" for fill in self.fills):
             return False
-        return fill_.is_dense(first) and first.extent == (0, geometry.storage_of(t).nbytes())
+        return first.is_dense and first.extent == (0, geometry.storage_of(t).nbytes())
 
     def note(self, new: Written, dense: bool) -> None:
         """A fill has been written; nothing is left of those below it."""
@@ -59,24 +67,100 @@ class Memory:
     def settled(self) -> None:
         """What was pending has been written."""
         for fill in self.fills:
-            self.note(Written.of(fill), fill_.is_dense(fill))
+            how = (
+                Written.of(fill.fill, fill.extent, fill.caller)
+                if isinstance(fill, Drawn)
+                else fill.written()
+            )
+            self.note(how, fill.is_dense)
         self.fills = []
 
 
+# ---- fills of the keyed stream -------------------------------------------------------------------
+
+
+class Identity:
+    """What a keyed fill shares with its copies, which must get the same values."""
+
+    __slots__ = ("label", "members")
+
+    def __init__(self, memory: Memory, box: Box) -> None:
+        self.label = ""  # that of the first member with a name, once some of it is written
+        self.members = [(memory, box)]
+
+    def leave(self, memory: Memory) -> None:
+        at = [m[0] for m in self.members]
+        if memory in at:  # once: it may hold a copy of what it held itself
+            del self.members[at.index(memory)]
+
+
+class Place(NamedTuple):
+    """Where the elements of a keyed fill stand in the stream."""
+
+    key: int  # of Philox
+    label: str  # what the key is made of; "" if nothing is drawn
+    slabs: Sequence[Slab]  # of the whole parameter
+
+
+@dataclass(slots=True, eq=False)
+class KeyedFill:
+    """A law for a part of a storage, whose key may not be known before it is written."""
+
+    law: Law
+    dtype: torch.dtype
+    box: Box  # in the storage, in elements
+    extent: tuple[int, int]  # bytes of the storage: the first and the one behind the last
+    is_dense: bool  # every byte of these is written
+    items: int
+    caller: Caller | None
+    memory: Memory | None = None  # whose name, or label, gives the key; None: it was given
+    identity: Identity | None = None  # likewise
+    slabs: Sequence[Slab] | None = None  # that were given, without a key
+    fallback: Sequence[Slab] | None = None  # used when no named parameter covers this memory
+    place: Place | None = None  # None: not before some of it is written
+
+    @classmethod
+    def of(cls, t: Tensor, law: Law, caller: Caller | None) -> KeyedFill:
+        layout = geometry.layout_of(t)
+        is_dense = layout is not None and layout[1] == 0
+        box, extent = box_of(t), geometry.in_storage(t)
+        return cls(law, t.dtype, box, extent, is_dense, t.numel(), caller)
+
+    @property
+    def op(self) -> str:
+        return self.law.op
+
+    @property
+    def a(self) -> float:
+        return float(self.law.numbers[0])
+
+    def written(self) -> Written:
+        """Return what is remembered of it."""
+        op, numbers, _ = self.law
+        a, b = (0.0, 0.0) if op == "diagonal" else (*numbers, 0.0)[:2]
+        bounds = numbers[2:4] if op == "trunc_normal" else None
+        key = self.place.label if self.place is not None and self.law.is_random else ""
+        how = (op, a, b, self.items, self.dtype, self.extent, self.caller)
+        return Written(*how, bounds, numbers[0], key)
+
+
+Waiting = Drawn | KeyedFill
+
+
+# ---- order ---------------------------------------------------------------------------------------
+
+Stage = list[tuple[Waiting, torch.UntypedStorage]]
+
+
 def is_all(t: Tensor) -> bool:
-    """Whether a tensor is all of its storage, in order."""
+    """Return whether a tensor is all of its storage, in order."""
     if not t.is_contiguous() or t.is_neg() or t.is_conj():
         return False
     return t.numel() * t.element_size() == geometry.storage_of(t).nbytes()
 
 
-# ---- order -------------------------------------------------------------------------------------
-
-Stage = list[tuple[Fill, torch.UntypedStorage]]
-
-
 def stages(todo: list[tuple[torch.UntypedStorage, Memory]]) -> list[Stage]:
-    """Fills that overlap come one after the other, all others together."""
+    """Return fills that overlap one after the other, all others together."""
     stages: list[Stage] = []
     for storage, memory in todo:
         levels: list[int] = []
@@ -96,7 +180,7 @@ def stages(todo: list[tuple[torch.UntypedStorage, Memory]]) -> list[Stage]:
 
 
 def pieces(stage: Stage, small: bool) -> Iterable[Stage]:
-    """All at once, or so small that their progress can be shown."""
+    """Return a stage at once, or in pieces so small that their progress can be shown."""
     if not small:
         return [stage]
     pieces: list[Stage] = [[]]

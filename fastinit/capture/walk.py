@@ -15,7 +15,6 @@ from fastinit.capture.operators import (
     FACTORIES,
     FILLS,
     OVERWRITING,
-    PLAIN,
     is_inplace,
     is_view,
     leaves,
@@ -130,4 +129,4 @@ def _is_simple(t: Tensor) -> bool:
     """Return whether a tensor's values are what is in its storage."""
     if t.layout is not torch.strided:
         return False
-    return type(t) in PLAIN or type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return type(t) in geometry.PLAIN or type(t).__torch_dispatch__ is Tensor.__torch_dispatch__

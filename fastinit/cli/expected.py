@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastinit.capture.operators import PLAIN
-from fastinit.capture.report import Written
-from fastinit.core import keyed_numbers, laws
+from fastinit.capture.written import Written
+from fastinit.core import geometry, keyed_numbers, laws
 
 CHUNK = 1 << 18  # elements that are float64 at a time: 2 MiB
 _SHAPELESS = ("constant_", "zeros_", "ones_", "uniform_", "normal_", "trunc_normal_")
@@ -176,7 +175,7 @@ def chunks(t: Tensor) -> Iterator[Tensor]:
 
 def measure(t: Tensor) -> Measured | None:
     """None: it has no elements or none that are plain numbers in memory."""
-    plain = type(t) in PLAIN and t.layout is torch.strided and not t.is_meta
+    plain = geometry.is_plain(t) and not t.is_meta
     if not plain or t.is_complex() or t.is_quantized or t.numel() == 0:
         return None
     pivot, total, squares = None, 0.0, 0.0

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastinit.capture.operators import PLAIN
 from fastinit.capture.report import Report, Row
 from fastinit.cli import plot as inspect_plot
 from fastinit.cli.expected import Expected, Measured, Part, measure, parts_of
@@ -179,7 +178,7 @@ def lines_of(report: Report) -> list[Line]:
         status = "unwritten" if name in report.unwritten or t.is_meta else "written"
         row, begin = Row(name, tuple(t.shape), t.dtype, (), kind, "", status, ()), 0
         known = rows.get(name)
-        if type(t) in PLAIN and t.layout is torch.strided and not t.is_meta:
+        if geometry.is_plain(t) and not t.is_meta:
             begin = int(t.storage_offset()) * t.element_size()
             known = known or storages.get(geometry.storage_id(t))
             if known is not None:

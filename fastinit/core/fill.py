@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A `Fill`: one tensor and what is to be written into it."""
+"""Fills: what is to be written into one tensor, now or after its words have been drawn."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastinit.core import geometry, kernels
 
+Caller = tuple[str, tuple[tuple[str, object], ...]]  # function of torch.nn.init, its arguments
+
 
 @dataclass(slots=True, eq=False)
 class Fill:
-    """What is to be written into one tensor. Mutable only until it is proved."""
+    """What is to be written into one tensor. It is built, then proved, and does not change after
+    that, except that `draw_ahead` lets go of its tensor."""
 
     tensor: Tensor
     op: str  # one of kernels.OPS, sparse (normal with a mask), or orthogonal (normal, then a QR)
-    a: float = 0.0  # value; from; mean
-    b: float = 0.0  # to; std
+    a: float = 0.0  # constant: value; uniform: lower bound; normal: mean
+    b: float = 0.0  # uniform: upper bound; normal: standard deviation
     generator: torch.Generator | None = None  # None: no words are drawn
     layout: str = "contiguous"  # contiguous, dense (permuted) or strided
     rank: int = 0
@@ -31,48 +33,94 @@ class Fill:
     flavour: int = 0
     rests_on: str = ""  # an operator that has to be proved as well
     bumps: int = 1  # of the tensor's version counter
-    extent: tuple[int, int] = (0, 0)  # of its bytes when it was recorded: in memory or in a storage
-    state: Any = None  # of the generator, if its words were drawn ahead: see draw_ahead
     device: int = -1  # index of a GPU; -1: the CPU
     scale: float = 0.0  # trunc_erfinv: of the inverse error function; orthogonal: gain
-    mean: float = 0.0  # and what is added
-    zeros: int = 0  # sparse: of each column
-    mask: Tensor | None = None  # sparse, if it was drawn ahead: 0 where zeros go
-    stream: int = 0  # on which it was asked for
-    caller: tuple[str, tuple[tuple[str, object], ...]] | None = None  # for reports: name, arguments
-    # Of the keyed stream: see capture.py.
-    bounds: tuple[float, float] | None = None  # of trunc_normal_, whatever becomes of it
-    law: Any = None  # laws.Law
-    box: tuple[int, tuple[int, ...], tuple[int, ...]] = (0, (), ())  # in the storage, in elements
-    slabs: Any = None  # of the whole, if known beforehand
-    otherwise: Any = None  # slabs, if it is no part of what has a name
-    owner: Any = None  # whose memory it is; or the key of Philox and what it comes from
-    numbers: Any = None  # what it has in common with its copies
+    mean: float = 0.0  # trunc_erfinv: what is added
+    zeros: int = 0  # sparse: zeros of each column
+    bounds: tuple[float, float] | None = None  # trunc_normal_: what was asked for
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Addresses of the first byte and of the one behind the last."""
+        t = self.tensor
+        begin = geometry.address_of(t)
+        items = geometry.span(t) if self.layout == "strided" else t.numel()
+        return begin, begin + items * t.element_size()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it writes every byte of its extent."""
+        return self.rank == 0 and self.op != "sparse_mask"
+
+    @property
+    def drawn(self) -> Fill:
+        """The fill whose words are drawn for this one: of orthogonal matrices, their normals."""
+        if self.op != "orthogonal":
+            return self
+        return self.normals(geometry.NO_TENSOR[gaussian_dtype(self.tensor.dtype)])
+
+    def normals(self, t: Tensor) -> Fill:
+        """Return what an orthogonal fill draws, to go to a tensor of as many elements."""
+        drawn = Fill(t, "normal", 0.0, 1.0, self.generator, items=self.items, flavour=self.flavour)
+        drawn.device = self.device
+        if self.device < 0 and self.items < 16:
+            drawn.op, drawn.rank, drawn.shape = "normal_pairs", 1, (self.items, 0, 0, 0, 1, 0, 0, 0)
+        return drawn
+
+    def gaussian(self, tensor: Tensor | None = None) -> Tensor:
+        """Return memory for these normals: the fill's tensor (or this one) if its dtype is right.
+
+        Otherwise it is new, and not for the eyes of modes.
+        """
+        own = self.tensor if tensor is None else tensor
+        if own.dtype is gaussian_dtype(own.dtype):
+            return own
+        with kernels.undisturbed():
+            return torch.empty(self.items, dtype=torch.float32, device=own.device)
 
 
-def normals_of(fill: Fill, t: Tensor) -> Fill:
-    """What an orthogonal fill draws, to go to a tensor of as many elements."""
-    drawn = Fill(t, "normal", 0.0, 1.0, fill.generator, items=fill.items, flavour=fill.flavour)
-    drawn.device, drawn.state = fill.device, fill.state
-    if fill.device < 0 and fill.items < 16:
-        drawn.op, drawn.rank, drawn.shape = "normal_pairs", 1, (fill.items, 0, 0, 0, 1, 0, 0, 0)
-    return drawn
+@dataclass(slots=True, eq=False)
+class Drawn:
+    """A fill whose words have been drawn, to be written to a storage that may die before."""
+
+    fill: Fill  # of an empty tensor of its dtype
+    extent: tuple[int, int]  # bytes of the storage: the first and the one behind the last
+    # Of the generator, before: all of it, or on a GPU seed and block. None: no words are drawn.
+    state: Tensor | tuple[int, int] | None = None
+    stream: int = 0  # on a GPU: handle of the stream on which it was asked for
+    mask: Tensor | None = None  # sparse: 0 where zeros go
+    caller: Caller | None = None
+
+    @property
+    def op(self) -> str:
+        return self.fill.op
+
+    @property
+    def a(self) -> float:
+        return self.fill.a
+
+    @property
+    def items(self) -> int:
+        return self.fill.items
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.fill.tensor.dtype
+
+    @property
+    def is_dense(self) -> bool:
+        return self.fill.is_dense
 
 
-# ---- geometry ------------------------------------------------------------------------------------
+def gaussian_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the normals are drawn, and the factors of all but the smallest computed."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def extent(fill: Fill) -> tuple[int, int]:
-    """First byte and the one behind the last."""
-    t = fill.tensor
-    begin = geometry.address_of(t)
-    items = geometry.span(t) if fill.layout == "strided" else t.numel()
-    return begin, begin + items * t.element_size()
-
-
-def is_dense(fill: Fill) -> bool:
-    """Whether it writes every byte of its extent."""
-    return fill.rank == 0 and fill.op != "sparse_mask"
+def packed_items(rows: int, cols: int) -> int:
+    """Entries of the lower trapezoid of a matrix, transposed if it has more columns than rows."""
+    n, m = sorted((rows, cols))
+    return n * (n + 1) // 2 + (m - n) * n
 
 
 class Room:
@@ -93,37 +141,10 @@ class Room:
             begin, end, other, may_go = self._taken[at]
             if end <= first:
                 at += 1
-            elif may_go and is_dense(fill) and first <= begin and end <= last:
+            elif may_go and fill.is_dense and first <= begin and end <= last:
                 dropped.append(other)
                 del self._taken[at]
             else:
                 return None
         insort(self._taken, (first, last, position, droppable))
         return dropped
-
-
-def gaussian_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which the normals are drawn, and the factors of all but the smallest computed."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def numbers_of(fill: Fill) -> Fill:
-    """What a fill draws: of an orthogonal one, normals for no tensor in particular."""
-    if fill.op != "orthogonal":
-        return fill
-    return normals_of(fill, geometry.NO_TENSOR[gaussian_dtype(fill.tensor.dtype)])
-
-
-def gaussian_of(fill: Fill, tensor: Tensor | None = None) -> Tensor:
-    """Memory for the normals of an orthogonal fill; its own tensor if the dtype is right."""
-    own = fill.tensor if tensor is None else tensor
-    if own.dtype is gaussian_dtype(own.dtype):
-        return own
-    with kernels.undisturbed():
-        return torch.empty(fill.items, dtype=torch.float32, device=own.device)
-
-
-def packed_items(rows: int, cols: int) -> int:
-    """Entries of the lower trapezoid of a matrix, transposed if it has more columns than rows."""
-    n, m = sorted((rows, cols))
-    return n * (n + 1) // 2 + (m - n) * n

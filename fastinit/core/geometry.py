@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ DTYPES = {  # what the kernels can write, and their code for it
 MOST_AT_ONCE = (1 << 31) - 1
 
 
+PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types whose values are in their storage
+_STRIDED = torch.strided
 DENSE = (0,) * 8
 NO_TENSOR = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in DTYPES}
 address_of = Tensor.data_ptr  # as it is now: hooks.py replaces it
@@ -39,6 +42,11 @@ def _slow_storage_id(t: Tensor) -> int:
 
 # What tensors over the same memory have in common while it lives.
 storage_id: Callable[[Tensor], int] = getattr(torch._C, "_storage_id", _slow_storage_id)
+
+
+def is_plain(t: object) -> TypeGuard[Tensor]:
+    """Return whether a tensor's values are what is in its storage: no subclass, and strided."""
+    return type(t) in PLAIN and t.layout is _STRIDED  # type: ignore[attr-defined]
 
 
 def accepts(t: Tensor, inference: bool = False) -> bool:

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastinit.core.geometry import PLAIN
+
 MOST_DIMS = 5
-_PLAIN = (Tensor, torch.nn.Parameter)
 _GIVEN = "a DTensor knows its global shape and offset: neither can be given"
 _Runs = list[range]  # consecutive indices in one dimension, as they lie in memory
 _Cut = tuple[int, int, int]  # into how many pieces, which is here, split factor
@@ -74,7 +75,7 @@ def slabs(
     t: Tensor, global_shape: Sequence[int] | None = None, offset: Sequence[int] | None = None
 ) -> list[Slab]:
     """Return the slabs of local(t); a plain t is the part at `offset` in a `global_shape`."""
-    if global_shape is None and offset is None and type(t) in _PLAIN and t.is_contiguous():
+    if global_shape is None and offset is None and type(t) in PLAIN and t.is_contiguous():
         return [Slab(0, 0, ((t.numel(), 1, 1),))] if t.numel() else []  # most are like this
     (whole, held), here = _held(t, global_shape, offset), local(t)
     if held is None or 0 in here.shape:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastinit.core import fill as fill_
 from fastinit.core import geometry, laws
+from fastinit.core.fill import gaussian_dtype, packed_items
 from fastinit.core.laws import Law
 from fastinit.core.shard import Slab
 
@@ -50,7 +50,7 @@ class Batch:
         """Return the work of the normals of orthogonal matrices, in the order of qr.write_haar_."""
         count, rows, cols = work.law.shape
         out = work.tensor.detach().view(count, rows, cols)
-        each, dtype = fill_.packed_items(rows, cols), fill_.gaussian_dtype(out.dtype)
+        each, dtype = packed_items(rows, cols), gaussian_dtype(out.dtype)
         drawn = torch.empty((count, each), dtype=dtype, device=out.device)
         self.factor(drawn, out, float(work.law.numbers[0]))
         return Work(laws.normal(0.0, 1.0), work.key, drawn, whole(count * each))
@@ -70,7 +70,7 @@ class Batch:
 def is_direct(work: Work, device: str) -> bool:
     """Return whether kernels of a kind of device can write the elements where they belong."""
     t = work.tensor
-    if type(t) not in (Tensor, torch.nn.Parameter) or t.layout is not torch.strided or t.is_neg():
+    if not geometry.is_plain(t) or t.is_neg():
         raise NotImplementedError(f"the keyed stream cannot be written to a {type(t).__name__}")
     if t.device.type != device or t.dtype not in geometry.DTYPES:
         return False

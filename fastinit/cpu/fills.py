@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fastinit.core import fill as fill_
 from fastinit.core import geometry, kernels, source
-from fastinit.core.fill import Fill, Room
+from fastinit.core.fill import Drawn, Fill, Room
 from fastinit.core.geometry import DTYPES
 from fastinit.cpu import qr as cpu_qr
 
@@ -84,11 +83,11 @@ class _Stage:
         """Add a fill, and return how many times the tensor's version goes up."""
         if fill.op != "orthogonal":
             return self._put(fill, True)
-        normals = fill_.gaussian_of(fill)
-        self._put(fill_.normals_of(fill, normals), False)
+        normals = fill.gaussian()
+        self._put(fill.normals(normals), False)
         out = geometry.address_of(fill.tensor)
         if normals is not fill.tensor:
-            self._make_room(fill_.extent(fill), fill, False)
+            self._make_room(fill.extent, fill, False)
             self._scratch += normals.nbytes
         self._jobs.append(cpu_qr.job(fill, geometry.address_of(normals), out, normals))
         if self._scratch > cpu_qr.SCRATCH:
@@ -105,7 +104,7 @@ class _Stage:
         pairs = fill.op == "normal_pairs"
         if pairs and self._cached[src] and self._made_cached[src]:
             self.flush()
-        extent = fill_.extent(fill)
+        extent = fill.extent
         if not self._alone:
             self._make_room(extent, fill, droppable and not pairs)
         if src < 0:
@@ -188,7 +187,7 @@ class _Runner:
 
 def is_known(fill: Fill) -> bool:
     """Return whether a fill's words do not depend on values, and it needs no other memory."""
-    drawn = fill_.numbers_of(fill)
+    drawn = fill.drawn
     in_place = drawn is fill or drawn.tensor.dtype is fill.tensor.dtype
     return in_place and drawn.op not in ("normal_pairs", "trunc_normal")
 
@@ -220,13 +219,13 @@ class Batch:
 
 
 def draw_ahead(fill: Fill, scratch: torch.Tensor) -> torch.Tensor:
-    """Move a fill's generator on as if it were done; return the generator's state from before."""
+    """Move the fill's generator on as if it had been filled; return its state before."""
     assert fill.generator is not None
-    return source.draw_ahead(fill.generator, words_drawn(fill_.numbers_of(fill), False), scratch)
+    return source.draw_ahead(fill.generator, words_drawn(fill.drawn, False), scratch)
 
 
-def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
-    """Do fills whose words were drawn ahead, none of which may overlap another.
+def run_ahead(fills: Sequence[tuple[Drawn, torch.UntypedStorage]]) -> None:
+    """Write fills whose words were drawn ahead, none of which may overlap another.
 
     It is one native call as long as there is room for the normals of matrices.
     """
@@ -234,22 +233,23 @@ def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
     states: list[int] = []
     jobs: list[cpu_qr.Job] = []
     scratch = 0
-    for i, (fill, storage) in enumerate(fills, 1):
-        out = address = geometry.base_of(storage) + fill.extent[0]
+    for i, (drawn, storage) in enumerate(fills, 1):
+        fill, state = drawn.fill, drawn.state
+        out = address = geometry.base_of(storage) + drawn.extent[0]
         if fill.op == "orthogonal":
-            normals = fill_.gaussian_of(fill)
+            normals = fill.gaussian()
             if normals is not fill.tensor:
                 address = geometry.address_of(normals)
                 scratch += normals.nbytes
             jobs.append(cpu_qr.job(fill, address, out, normals))
-            fill = fill_.normals_of(fill, normals)
+            fill = fill.normals(normals)
         src = -1
-        if fill.state is not None:
+        if isinstance(state, torch.Tensor):
             src = len(states)
-            states.append(geometry.address_of(fill.state))
+            states.append(geometry.address_of(state))
         packed.append(_pack(fill, address, 0, src, False))
         if i == len(fills) or scratch > cpu_qr.SCRATCH:
             kernels.run(b"".join(packed), states, [0] * len(states))
             if jobs:
-                cpu_qr.run(jobs, False)  # the block has a bar of its own
+                cpu_qr.run(jobs, False)  # the scope has a bar of its own
             packed, states, jobs, scratch = [], [], [], 0

@@ -15,9 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastinit.core import fill as fill_
 from fastinit.core import geometry, kernels
-from fastinit.core.fill import Fill
+from fastinit.core.fill import Fill, gaussian_dtype, packed_items
 from fastinit.core.geometry import DTYPES
 from fastinit.core.progress import bar as new_bar
 
@@ -104,9 +103,9 @@ def _part(j: Job, first: int, count: int) -> Job:
     if count == j.matrices:
         return j
     items = j.rows * j.cols
-    given = fill_.packed_items(j.rows, j.cols) if j.direct else items
+    given = packed_items(j.rows, j.cols) if j.direct else items
     return j._replace(
-        gaussian=j.gaussian + first * given * fill_.gaussian_dtype(j.dtype).itemsize,
+        gaussian=j.gaussian + first * given * gaussian_dtype(j.dtype).itemsize,
         out=j.out + first * items * j.dtype.itemsize,
         matrices=count,
     )
@@ -164,8 +163,8 @@ def haar_job(tensor: Tensor, gaussian: Tensor, gain: float) -> Job:
     """Return the job of `write_haar_`."""
     rows, cols = tensor.shape[-2:]
     count = tensor.numel() // (rows * cols)
-    need = count * fill_.packed_items(rows, cols)
-    right = gaussian.dtype is fill_.gaussian_dtype(tensor.dtype) and gaussian.numel() == need
+    need = count * packed_items(rows, cols)
+    right = gaussian.dtype is gaussian_dtype(tensor.dtype) and gaussian.numel() == need
     if not (right and tensor.is_contiguous() and gaussian.is_contiguous() and tensor.is_cpu):
         raise ValueError(f"write_haar_ needs {need} packed normals, and contiguous CPU tensors")
     source, out = geometry.address_of(gaussian), geometry.address_of(tensor)

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from fastinit.core import build, geometry, kernels, source
-from fastinit.core import fill as fill_
-from fastinit.core.fill import Fill, Room
+from fastinit.core.fill import Drawn, Fill, Room
 from fastinit.core.geometry import DTYPES
 from fastinit.cpu import fills as cpu_fills
 from fastinit.cuda import qr as cuda_qr
@@ -142,6 +141,7 @@ class _Entry(NamedTuple):
     block: int
     after: int  # slot; -1: none
     slot: int
+    mask: Tensor | None = None  # sparse: if it was drawn ahead
 
 
 class Launch:
@@ -170,13 +170,13 @@ class Launch:
             self._after.append(-1)
         return self.sources.index(source)
 
-    def put(self, fill: Fill, address: int, source: int, block: int) -> bool:
-        """Add a fill that overlaps no other, from a block on; return False if no room is left."""
+    def put(self, fill: Fill, address: int, source: int, block: int, mask: Tensor | None) -> bool:
+        """Add a fill that overlaps no other, with numbers from a block on (False: no room)."""
         at = self._index(source) if source >= 0 else -1
         if at is None or len(self._entries) == _MOST_FILLS:
             return False
         self._sparse |= fill.op == "sparse"
-        self._entries.append(_Entry(fill, address, at, block, -1, -1))
+        self._entries.append(_Entry(fill, address, at, block, -1, -1, mask))
         return True
 
     def add(self, fill: Fill, source: int) -> bool:
@@ -186,10 +186,10 @@ class Launch:
         is in this launch.
         """
         if fill.op == "orthogonal":
-            normals = fill_.gaussian_of(fill)
+            normals = fill.gaussian()
             if normals is not fill.tensor and not self._make_room(fill, False):
                 return False
-            if not self._append(fill_.normals_of(fill, normals), source, False):
+            if not self._append(fill.normals(normals), source, False):
                 return False
             self.factor(fill, normals, fill.tensor)
             return True
@@ -203,7 +203,7 @@ class Launch:
 
     def _make_room(self, fill: Fill, droppable: bool) -> bool:
         """Make room for a fill; what it overwrites completely is not done."""
-        dropped = self._room.take(fill, fill_.extent(fill), len(self._entries), droppable)
+        dropped = self._room.take(fill, fill.extent, len(self._entries), droppable)
         if dropped is None:
             return False
         for position in dropped:
@@ -240,7 +240,7 @@ class Launch:
             if entry is not None:
                 mask = 0
                 if entry.fill.op == "sparse":
-                    drawn = _draw_mask(entry.fill) if entry.fill.mask is None else entry.fill.mask
+                    drawn = _draw_mask(entry.fill) if entry.mask is None else entry.mask
                     if entry.address == 0:
                         continue
                     masks.append(runtime.copy(drawn, self.device))
@@ -296,7 +296,7 @@ class Launch:
 
 def _descriptors(entry: _Entry, tile: int, mask: int) -> Iterable[tuple[bytes, int]]:
     """Yield descriptors, packed, and how many tiles each has."""
-    fill, address, src, block, after, slot = entry
+    fill, address, src, block, after, slot, _ = entry
     dtype = fill.tensor.dtype
     size = dtype.itemsize
     items = fill.items
@@ -321,7 +321,7 @@ def _descriptors(entry: _Entry, tile: int, mask: int) -> Iterable[tuple[bytes, i
 def _split_descriptors(
     entry: _Entry, p: tuple[float, ...], tile: int, mask: int
 ) -> Iterator[tuple[bytes, int]]:
-    fill, address, src, block, after, slot = entry
+    fill, address, src, block, after, slot, _ = entry
     size = fill.tensor.dtype.itemsize
     parts = pieces(fill)
     round_blocks = blocks_drawn(fill, parts)
@@ -405,46 +405,48 @@ def stream(fill: Fill) -> int:
     return runtime.stream_of(fill.device)
 
 
-def draw_ahead(fill: Fill) -> tuple[int, int]:
-    """Move a fill's generator on as if it were done; return seed and block of its numbers."""
+def draw_ahead(fill: Fill) -> tuple[tuple[int, int], Tensor | None]:
+    """Move the fill's generator on as if it had been filled.
+
+    Returns (seed, block) of its numbers, and of sparse_ where its zeros go.
+    """
     assert fill.generator is not None
-    if fill.op == "sparse":
-        fill.mask = _draw_mask(fill)
-    numbers = fill_.numbers_of(fill)
+    mask = _draw_mask(fill) if fill.op == "sparse" else None
+    numbers = fill.drawn
     drawn = blocks_drawn(numbers, pieces(numbers))
     with source.lock_of(fill.generator):
         seed, block = source.philox(fill.generator)
         source.set_philox(fill.generator, block + drawn)
-    return seed, block
+    return (seed, block), mask
 
 
-def run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
-    """Do fills whose numbers were drawn ahead, none of which may overlap another.
+def run_ahead(fills: Sequence[tuple[Drawn, torch.UntypedStorage]]) -> None:
+    """Write fills whose numbers were drawn ahead; none may overlap another.
 
-    It is one launch for each device, if all were asked for on one stream and with few seeds.
+    That is a launch for each device, if all were asked for on one stream and with few seeds.
     """
     kernels.refuse_in_graph()
-    for part in within_memory([fill for fill, _ in fills]):
+    for part in within_memory([drawn.fill for drawn, _ in fills]):
         _run_ahead(fills[part])
 
 
-def _run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
+def _run_ahead(fills: Sequence[tuple[Drawn, torch.UntypedStorage]]) -> None:
     launches: dict[tuple[int, int], list[tuple[Launch, dict[int, int]]]] = {}
-    for fill, storage in fills:
-        of_stream = launches.setdefault((fill.device, fill.stream), [(Launch(fill.device), {})])
-        address = geometry.base_of(storage) + fill.extent[0]
-        numbers = fill
+    for drawn, storage in fills:
+        fill = numbers = drawn.fill
+        of_stream = launches.setdefault((fill.device, drawn.stream), [(Launch(fill.device), {})])
+        address = geometry.base_of(storage) + drawn.extent[0]
         if fill.op == "orthogonal":
-            out = _tensor_at(fill, storage)
-            normals = fill_.gaussian_of(fill, out)
-            numbers, address = fill_.normals_of(fill, normals), geometry.address_of(normals)
+            out = _tensor_at(drawn, storage)
+            normals = fill.gaussian(out)
+            numbers, address = fill.normals(normals), geometry.address_of(normals)
         while True:
             launch, seeds = of_stream[-1]
             src, block = -1, 0
-            if fill.state is not None:
-                seed, block = fill.state
+            if isinstance(drawn.state, tuple):
+                seed, block = drawn.state
                 src = seeds.setdefault(seed, len(seeds))
-            if launch.put(numbers, address, src, block):
+            if launch.put(numbers, address, src, block, drawn.mask):
                 if fill.op == "orthogonal":
                     launch.factor(fill, normals, out)
                 break
@@ -455,12 +457,12 @@ def _run_ahead(fills: Sequence[tuple[Fill, torch.UntypedStorage]]) -> None:
                 launch.go([(seed, 0) for seed in seeds])
 
 
-def _tensor_at(fill: Fill, storage: torch.UntypedStorage) -> Tensor:
-    """Return the memory of the tensor that a fill was asked for, as a flat tensor."""
-    dtype = fill.tensor.dtype
+def _tensor_at(drawn: Drawn, storage: torch.UntypedStorage) -> Tensor:
+    """Return the tensor a fill was asked for, as a flat one."""
+    dtype = drawn.dtype
     with kernels.undisturbed():
         flat = torch.empty(0, dtype=dtype, device=storage.device)
-        return flat.set_(storage, fill.extent[0] // dtype.itemsize, (fill.items,), (1,))  # type: ignore[call-overload,no-any-return,unused-ignore]
+        return flat.set_(storage, drawn.extent[0] // dtype.itemsize, (drawn.items,), (1,))  # type: ignore[call-overload,no-any-return,unused-ignore]
 
 
 def within_memory(fills: Sequence[Fill]) -> Iterator[slice]:

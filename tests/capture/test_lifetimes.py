@@ -125,9 +125,9 @@ def test_loops_do_not_grow(make: Callable[[torch.Tensor], Any]) -> None:
     def repeat(times: int) -> list[int]:
         for _ in range(times):
             make(t)
-        memories = [*capture._known.values(), *getattr(capture, "_exposed", ())]
+        memories = capture.storages.all()
         lengths = [len(x) for m in memories for x in (m.fills, m.written)]
-        kept = [x for y in (capture, report) for x in vars(y).values()]
+        kept = [x for y in (capture, capture.storages, report) for x in vars(y).values()]
         return [sum(lengths), *(len(x) for x in kept if isinstance(x, (list, dict, set)))]
 
     with fastinit.fused() as report:

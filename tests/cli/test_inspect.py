@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastinit import __main__, fused
-from fastinit.capture.report import Written
+from fastinit.capture.written import Written
 from fastinit.cli import expected
 from fastinit.cli import inspect as inspect_model
 from fastinit.cli import plot as inspect_plot

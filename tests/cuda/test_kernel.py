@@ -788,12 +788,12 @@ def test_drawn_ahead() -> None:
             fill = make(t, *args, world.generators[by])
             assert fill is not None
             start = t.storage_offset() * t.element_size()
-            fill.extent = start, start + geometry.span(t) * t.element_size()
-            fill.stream = 7  # drawing says it as well
+            extent = start, start + geometry.span(t) * t.element_size()
+            waiting = fill_.Drawn(fill, extent, stream=7)  # drawing says it as well
             if fill.generator is not None:
-                fill.state = cuda_fills.draw_ahead(fill)
+                waiting.state, waiting.mask = cuda_fills.draw_ahead(fill)
             fill.tensor = geometry.NO_TENSOR[t.dtype]
-            fills.append((fill, t.untyped_storage()))
+            fills.append((waiting, t.untyped_storage()))
             world.steps.append((name, t, args, by))
             world.memories[base.data_ptr()].version -= fill.bumps  # capture.py counts them
         random.Random(3).shuffle(fills)

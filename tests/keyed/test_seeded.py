@@ -1074,6 +1074,23 @@ def test_copies(size: int) -> None:
     assert normal.shape == model.a.shape
 
 
+@pytest.mark.parametrize(
+    "part",
+    [lambda x: x[90:], lambda x: x[::2], lambda x: x[:, ::2].reshape(90, 90), lambda x: x[:90].t()],
+    ids=["rows", "every second", "reshaped", "transposed"],
+)
+def test_a_copy_of_a_part(part: Callable[[Tensor], Tensor]) -> None:
+    """It has the elements of the part, not those at the beginning of its original."""
+    with seeded():
+        x, y = torch.empty(180, 90).normal_(), torch.empty(90, 90)
+        y.copy_(part(x))
+        square = torch.empty(90, 90).normal_()
+        rows = torch.empty(99, 90)
+        rows[9:].copy_(square.t())
+    assert torch.equal(y, part(x))
+    assert torch.equal(rows[9:], square.t())
+
+
 def test_a_copy_and_its_original_filled_again() -> None:
     with seeded():
         model = nn.Module()
