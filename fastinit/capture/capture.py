@@ -12,7 +12,6 @@ keyed.py has those of the keyed stream.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from threading import Thread
@@ -27,6 +26,7 @@ from fastinit.capture.operators import leaves
 from fastinit.capture.pending import Memory, Stage, Waiting, is_all, pieces, stages
 from fastinit.capture.report import Report
 from fastinit.capture.storages import Storages
+from fastinit.capture.threads import Others
 from fastinit.capture.written import Written, caller
 from fastinit.core import build, geometry, recording, shard, source
 from fastinit.core.fill import Drawn, Fill
@@ -41,7 +41,8 @@ _MOST_LAYERS = 64  # pending fills of one storage
 
 
 class Capture(Mode, Recorder):
-    """Records the fills of one thread; see the module."""
+    """Records the fills of one thread; what it does not record is torch's, after what it reads is
+    written."""
 
     modes = 1
     of_any_size = False  # even small fills are worth a record
@@ -55,8 +56,7 @@ class Capture(Mode, Recorder):
         self._pending: dict[int, Memory] = {}  # those with fills, by storage id
         self._states = 0  # pending random fills, at most
         self._scratch = torch.empty(source.STATE_SIZE, dtype=torch.uint8, device="cpu")
-        # What may read pending fills: threads and tasks that were started in the scope.
-        self._others: list[weakref.ref[Thread | Future[Any]]] = []
+        self._others = Others()  # may read pending fills
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -76,23 +76,8 @@ class Capture(Mode, Recorder):
         if self._pending:
             self._settle_arguments(func, args, kwargs)
         if operators.writes(func):
-            self._note_writing(func, args, kwargs)
+            self.storages.note_operator(func, args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)
-
-    def _note_writing(self, func: Any, args: Any, kwargs: dict[str, Any] | None) -> None:
-        """Note what an operator of torch's is about to write."""
-        copies_garbage = func is torch.ops.aten.copy_.default and self.storages.is_garbage(args[1])
-        name, overwrites = func._schema.name, func._schema.name in operators.OVERWRITING
-        for t in leaves(operators.written(func, args, kwargs or {})):
-            if not isinstance(t, Tensor):
-                continue
-            if copies_garbage and is_all(t) and (memory := self.storages.find_known(t)):
-                memory.touched, memory.written = False, []
-            elif is_plain(t) and not t.is_nested:
-                how = Written.small(t, name.partition("::")[2], 0.0, 0.0, caller())
-                self._wrote(t, how, overwrites)
-            else:
-                self._wrote(t)
 
     def adopt(self, t: Tensor) -> None:
         """Let the fills of a tensor's storage wait."""
@@ -103,15 +88,10 @@ class Capture(Mode, Recorder):
 
     def _may_wait(self) -> bool:
         """Return whether no other thread of the scope could read what is pending."""
-        if self._others:
-            alive = []
-            for ref in self._others:
-                x = ref()
-                if x is not None and (x.is_alive() if isinstance(x, Thread) else not x.done()):
-                    alive.append(ref)
-                    self.report.threads.add(getattr(x, "name", "a task of a pool"))
-            self._others = alive
-        return not self._others
+        names = self._others.names()
+        if names:
+            self.report.threads.update(names)
+        return not names
 
     def _fill(self, func: Any, args: Any, kwargs: dict[str, Any], law_of: operators.LawOf) -> Any:
         t = args[0]
@@ -158,7 +138,8 @@ class Capture(Mode, Recorder):
         self.report.recorded_elements += fill.items
         memory.touched = True
         if fill.is_dense:
-            memory.overwrites += fill.extent == (0, memory.nbytes())
+            if fill.extent[0] == 0:
+                memory.overwrites += fill.extent[1] == memory.nbytes()
             if memory.fills:
                 self._overwrite(memory, fill.extent)
         memory.fills.append(fill)
@@ -167,18 +148,19 @@ class Capture(Mode, Recorder):
         if len(memory.fills) > most:
             self.settle(f"more than {most} fills of one tensor", [memory])
         if self._states > _MOST_STATES:
-            waiting = (f for m in self._pending.values() for f in m.fills)
-            self._states = sum(isinstance(f, Drawn) and f.fill.device < 0 for f in waiting)
+            waiting = (f for m in self._pending.values() for f in m.fills if isinstance(f, Drawn))
+            self._states = sum(isinstance(f.state, Tensor) for f in waiting)
             if self._states > _MOST_STATES // 2:
                 self.settle(f"more than {_MOST_STATES // 2} random fills waiting")
                 self._states = 0
 
     def _overwrite(self, memory: Memory, by: tuple[int, int]) -> None:
         """Drop what lies between these bytes."""
-        under = [f for f in memory.fills if by[0] <= f.extent[0] and f.extent[1] <= by[1]]
+        begin, end = by
+        under = [f for f in memory.fills if begin <= f.extent[0] and f.extent[1] <= end]
         if under:
             self._dropped(memory, under)
-            memory.fills = [f for f in memory.fills if f not in under]
+            memory.fills = [f for f in memory.fills if f.extent[0] < begin or end < f.extent[1]]
 
     def _forget(self, memory: Memory) -> None:
         """Drop everything that is pending in a storage."""
@@ -200,12 +182,10 @@ class Capture(Mode, Recorder):
     def _factory(
         self, func: Any, args: Any, kwargs: dict[str, Any], spec: operators.Factory
     ) -> Any:
-        """What is empty and a fill: zeros, full_like, new_ones, rand, ..."""
+        """Do what an empty tensor and a fill do: zeros, full_like, new_ones, rand, ..."""
         empty, count, law_of = spec
-        if (
-            operators.makes_native(args, kwargs, 1 if self.of_any_size else geometry.MIN_NATIVE)
-            and self._may_wait()
-        ):
+        least = 1 if self.of_any_size else geometry.MIN_NATIVE
+        if operators.makes_native(args, kwargs, least) and self._may_wait():
             out = empty(*args[:count], **kwargs)
             law = law_of(args, kwargs)
             fill = law and probe.proved(build.one(law, out, kwargs.get("generator")))
@@ -221,7 +201,7 @@ class Capture(Mode, Recorder):
         return out
 
     def _clone(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The copy of what is pending is pending, too."""
+        """Clone: the copy of what is pending is pending, too."""
         t = args[0]
         memory = self._memory_of(t)
         layout = kwargs.get("memory_format", torch.preserve_format)
@@ -251,7 +231,10 @@ class Capture(Mode, Recorder):
         return fill
 
     def _copy(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """copy_: its source is read, or pending as a whole; what it overwrites is not written."""
+        """Copy what is pending as a whole by recording it once more; otherwise write it.
+
+        What is overwritten is not written.
+        """
         to, by = args[0], args[1]
         memory = self._memory_of(to)
         if memory is not None and self._pending and operators.copies_plainly(to, by):
@@ -395,7 +378,7 @@ class Capture(Mode, Recorder):
         """Note that another thread may run what the scope gives it, until it ends."""
         self.settle("a thread")
         if other is not None:
-            self._others.append(weakref.ref(other))
+            self._others.add(other)
 
     def takes(self, t: Tensor) -> bool:
         """Return whether a fill is worth a record: on a GPU small ones, too, if they may wait."""
@@ -471,7 +454,7 @@ class Capture(Mode, Recorder):
 def _handlers() -> dict[Any, Callable[[Capture, Any, Any, dict[str, Any]], Any]]:
     table: dict[Any, Any] = {
         torch.ops.aten.clone.default: Capture._clone,
-        torch.ops.aten.copy_.default: Capture._copy,
+        torch.ops.aten.copy_.default: lambda c, f, x, k: c._copy(f, x, k),
         **dict.fromkeys(operators.EMPTY, Capture._empty),
         **dict.fromkeys(operators.REPLACE_MEMORY, Capture._replace_memory),
     }

@@ -250,6 +250,8 @@ class SeededCapture(KeyedCapture):
         super()._keep(t, law, slabs, given)
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any] | None) -> Any:
+        if operators.writes(func):
+            self._refuse_copy(args[0] if args else None)
         if operators.is_random(func) and not any(
             isinstance(x, torch.Generator) for x in (kwargs or {}).values()
         ):
@@ -260,10 +262,6 @@ class SeededCapture(KeyedCapture):
             if func is not torch.ops.aten.clone.default or not self.storages.is_garbage(args[0]):
                 self._wrote(out)
         return out
-
-    def _note_writing(self, func: Any, args: Any, kwargs: dict[str, Any] | None) -> None:
-        self._refuse_copy(args[0] if args else None)
-        super()._note_writing(func, args, kwargs)
 
     def _fill(self, func: Any, args: Any, kwargs: dict[str, Any], law_of: operators.LawOf) -> Any:
         t = args[0]

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastinit.capture.pending import Memory
-from fastinit.capture.written import Written
+from fastinit.capture import operators
+from fastinit.capture.operators import leaves
+from fastinit.capture.pending import Memory, is_all
+from fastinit.capture.written import Written, caller
 from fastinit.core import geometry, shard
 from fastinit.core.geometry import is_plain, storage_id
 
@@ -96,6 +99,21 @@ class Storages:
                 if overwrites and whole:
                     memory.overwrites += how.extent == (0, geometry.storage_of(here).nbytes())
                 memory.note(how, whole and overwrites)
+
+    def note_operator(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Note what an operator of torch's is about to write."""
+        copies_garbage = func is torch.ops.aten.copy_.default and self.is_garbage(args[1])
+        name, overwrites = func._schema.name, func._schema.name in operators.OVERWRITING
+        for t in leaves(operators.written(func, args, kwargs)):
+            if not isinstance(t, Tensor):
+                continue
+            if copies_garbage and is_all(t) and (memory := self.find_known(t)):
+                memory.touched, memory.written = False, []
+            elif is_plain(t) and not t.is_nested:
+                how = Written.small(t, name.partition("::")[2], 0.0, 0.0, caller())
+                self.wrote(t, how, overwrites)
+            else:
+                self.wrote(t)
 
     def is_garbage(self, t: object) -> bool:
         """Return whether nobody has written to a tensor's memory yet."""
