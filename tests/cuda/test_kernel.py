@@ -32,7 +32,7 @@ from torch import Tensor
 
 import fastinit
 from fastinit import execute
-from fastinit.core import build, geometry
+from fastinit.core import build, geometry, laws
 from fastinit.core import fill as fill_
 from fastinit.cuda import fills as cuda_fills
 from tests.support import cuda_model as m
@@ -170,7 +170,8 @@ class World:
         if name == "erfinv":
             fill = build.trunc_erfinv(t, *args, generator)
             assert fill is not None
-            into.add([fill]) if isinstance(into, fastinit.Plan) else execute.run([fill])
+            law = laws.Law("trunc_normal", args)
+            into.add([fill], law) if isinstance(into, fastinit.Plan) else execute.run([fill])
         elif name in ("uniform_", "normal_", "trunc_normal_", "sparse_"):
             getattr(into, name)(t, *args, generator=generator)
         else:
