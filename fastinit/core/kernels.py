@@ -23,7 +23,7 @@ except ImportError as error:
 _cuda: Any = None
 why_no_cuda = "not built: there was no nvcc, or FORCE_ONLY_CPU=1"
 try:
-    from fastinit import _cuda
+    import fastinit._cuda as _cuda
 except ImportError as error:
     if error.name != "fastinit._cuda":
         why_no_cuda = f"does not load: {error}"
