@@ -26,6 +26,7 @@ import fastinit
 from fastinit import init
 from fastinit.core import geometry
 from tests.support.compare import assert_equal_seen
+from tests.support.marks import slow, slow_but
 from tests.support.models import ZOO, model_state
 
 NAMES = init.__all__
@@ -106,17 +107,16 @@ def library() -> Iterator[Callable[..., types.ModuleType]]:
 # ---- what is replaced ----
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_function(name: str, library: Callable[..., Any]) -> None:
-    user = library(law=ORIGINAL[name], laws={"a": ORIGINAL[name], 1: ORIGINAL[name], "b": len})
+def test_every_function(library: Callable[..., Any]) -> None:
+    user = library(**ORIGINAL, laws={**ORIGINAL, 1: ORIGINAL["normal_"], "b": len})
     with fastinit.installed():
-        assert is_ours(getattr(torch_init, name), name)
-        ours = getattr(nn.init, name)
-        assert user.law is ours
-        assert user.laws == {"a": ours, 1: ours, "b": len}
-    assert user.law is ORIGINAL[name]
-    assert user.laws == {"a": ORIGINAL[name], 1: ORIGINAL[name], "b": len}
-    assert getattr(torch_init, name) is ORIGINAL[name]
+        ours = {name: getattr(torch_init, name) for name in NAMES}
+        assert all(is_ours(function, name) for name, function in ours.items())
+        assert {name: getattr(user, name) for name in NAMES} == ours
+        assert user.laws == {**ours, 1: ours["normal_"], "b": len}
+    assert {name: getattr(user, name) for name in NAMES} == ORIGINAL
+    assert user.laws == {**ORIGINAL, 1: ORIGINAL["normal_"], "b": len}
+    assert {name: getattr(torch_init, name) for name in NAMES} == ORIGINAL
 
 
 def test_this_module() -> None:
@@ -380,7 +380,10 @@ def built(make: Callable[[], nn.Module], fast: bool) -> tuple[dict[str, Any], in
     return state, fastinit.core.kernels.native_fills - count
 
 
-@pytest.mark.parametrize("kind", [k for k in ZOO if k not in ("on_meta", "all_meta")])
+KINDS = [k for k in ZOO if k not in ("on_meta", "all_meta")]
+
+
+@pytest.mark.parametrize("kind", slow_but(KINDS, "mlp", "norms", "encoder", "tied"))
 def test_construction(kind: str, native: None) -> None:
     (expected, none), (found, some) = built(ZOO[kind], False), built(ZOO[kind], True)
     assert_equal_seen(expected, found, kind)
@@ -415,7 +418,8 @@ def test_small_tensors_are_left_to_torch() -> None:
 # ---- threads ----
 
 
-def test_other_threads() -> None:
+@pytest.mark.parametrize("rounds", [2, *slow([30])])
+def test_other_threads(rounds: int) -> None:
     """It is for the whole process; a count is not lost between threads."""
     with fastinit.installed(), ThreadPoolExecutor(2) as pool:
         assert pool.submit(init_is_replaced).result()
@@ -424,13 +428,13 @@ def test_other_threads() -> None:
     def work() -> int:
         barrier.wait()
         seen = 0
-        for _ in range(30):
+        for _ in range(rounds):
             with fastinit.installed():
                 seen += is_ours(torch_init.normal_, "normal_")
         return seen
 
     with ThreadPoolExecutor(4) as pool:
-        assert [f.result() for f in [pool.submit(work) for _ in range(4)]] == [30] * 4
+        assert [f.result() for f in [pool.submit(work) for _ in range(4)]] == [rounds] * 4
     assert not init_is_replaced()
 
 

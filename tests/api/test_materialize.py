@@ -20,6 +20,7 @@ import fastinit
 from fastinit.core import geometry, recording
 from tests.support.blocks import _full_of
 from tests.support.compare import BF16, F16, F32, F64, assert_equal_seen, attempt, bits
+from tests.support.marks import slow, slow_but
 from tests.support.models import ZOO, Tied, model_state, on_meta, reset
 
 Make = Callable[[], nn.Module]
@@ -92,16 +93,17 @@ WHOLE = [
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-def test_reset(kind: str) -> None:
+def test_reset(kind: str, native: None) -> None:
     assert_same(ZOO[kind])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WHOLE)
-def test_reset_natively(kind: str, native: None) -> None:
+def test_reset_of_small_tensors(kind: str) -> None:
     assert_same(ZOO[kind])
 
 
-@pytest.mark.parametrize("dtype", [F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, *slow([F64, F16])], ids=str)
 @pytest.mark.parametrize("kind", ["mlp", "norms", "embeddings", "recurrent", "transformer"])
 def test_dtype(kind: str, dtype: torch.dtype, native: None) -> None:
     model = assert_same(ZOO[kind], dtype=dtype)
@@ -142,7 +144,9 @@ def many_times(m: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("fn", [uniform, truncated, many_times], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("kind", ["mlp", "conv", "norms", "recurrent", "encoder", "frozen"])
+@pytest.mark.parametrize(
+    "kind", ["mlp", "norms", *slow(["conv", "recurrent", "encoder", "frozen"])]
+)
 @pytest.mark.usefixtures("own_factors")
 def test_functions(fn: Fn, kind: str, native: None) -> None:
     assert_same(ZOO[kind], fn)
@@ -170,7 +174,7 @@ FORWARD: dict[str, tuple[Make, Callable[[], tuple[torch.Tensor, ...]]]] = {
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize("kind", FORWARD)
+@pytest.mark.parametrize("kind", slow_but(FORWARD, "lstm", "batch_norm", "transformer"))
 def test_forward_and_backward(kind: str, native: None) -> None:
     make, inputs = FORWARD[kind]
     seen = []
@@ -418,7 +422,7 @@ WRITTEN: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("small", [True, False], ids=["small", "native"])
+@pytest.mark.parametrize("small", [False, *slow([True])], ids=["native", "small"])
 @pytest.mark.parametrize("how", WRITTEN)
 @pytest.mark.usefixtures("own_factors")
 def test_written(how: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,7 +456,7 @@ UNWRITTEN: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("how", UNWRITTEN)
-@pytest.mark.parametrize("small", [True, False], ids=["small", "native"])
+@pytest.mark.parametrize("small", [False, *slow([True])], ids=["native", "small"])
 def test_not_written(how: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stays the meta tensor it was."""
     if not small:
@@ -819,6 +823,7 @@ def test_old_tensors_and_memory_are_let_go() -> None:
     assert storage() is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_peak_memory(python: Callable[..., Any]) -> None:
     """128 MiB of parameters, filled twice over, need little more."""
@@ -854,6 +859,7 @@ def test_peak_memory(python: Callable[..., Any]) -> None:
 # ---- other libraries that make models on meta ----
 
 
+@pytest.mark.slow
 def test_accelerate() -> None:
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     for include in (False, True):
@@ -875,6 +881,7 @@ def test_accelerate() -> None:
         assert_equal_seen(seen[0], seen[1], f"include_buffers={include}")
 
 
+@pytest.mark.slow
 def test_transformers() -> None:
     """The weights are tied again after to_empty; here they stay tied."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -16,6 +16,7 @@ from torch import nn
 import fastinit
 from fastinit import init_model_
 from tests.support.compare import BF16, F16, F32, F64
+from tests.support.marks import slow
 from tests.support.models import (
     ZOO,
     assert_same_model,
@@ -30,7 +31,7 @@ from tests.support.models import (
 pytestmark = pytest.mark.usefixtures("native")
 
 
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, *slow([F64, BF16, F16])], ids=str)
 @pytest.mark.parametrize("kind", ZOO)
 def test_reset(kind: str, dtype: torch.dtype) -> None:
     assert_same_model(lambda: ZOO[kind]().to(dtype), None, init_model_)
@@ -42,14 +43,14 @@ def test_reset_is_native_and_fused(kind: str) -> None:
     assert_same_model(ZOO[kind], None, init_model_, native=True)
 
 
-@pytest.mark.parametrize("fn", [gpt2, resnet, vit, everything, by_name], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fn", [everything, *slow([gpt2, resnet, vit, by_name])])
 @pytest.mark.parametrize("kind", [k for k in ZOO if k != "no_elements"])
 def test_functions_on_the_zoo(fn: Callable[..., Any], kind: str) -> None:
     assert_same_model(ZOO[kind], fn, init_model_)
 
 
 @pytest.mark.parametrize("dtype", [F64, BF16, F16], ids=str)
-@pytest.mark.parametrize("fn", [gpt2, vit, everything], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fn", [gpt2, *slow([vit, everything])])
 def test_functions_in_other_dtypes(fn: Callable[..., Any], dtype: torch.dtype) -> None:
     for kind in ("mlp", "encoder", "tied"):
         assert_same_model(lambda k=kind: ZOO[k]().to(dtype), fn, init_model_, native=True)
@@ -58,7 +59,7 @@ def test_functions_in_other_dtypes(fn: Callable[..., Any], dtype: torch.dtype) -
 def test_large_model() -> None:
     """Many tiles and threads; the last layer is bigger than all others together."""
     make = lambda: nn.Sequential(*[nn.Linear(64, 64) for _ in range(40)], nn.Linear(64, 9000))  # noqa: E731
-    for threads in (1, 2, 5):
+    for threads in (1, 5):
         torch.set_num_threads(threads)
         for fn in (None, gpt2, vit):
             assert_same_model(make, fn, init_model_, native=True)

@@ -25,6 +25,7 @@ import fastinit
 from fastinit import record
 from fastinit.core import recording
 from tests.support.compare import BF16, F64, assert_equal_seen, bits
+from tests.support.marks import slow
 from tests.support.models import ZOO, model_state
 
 Make = Callable[[], nn.Module]
@@ -97,7 +98,7 @@ def test_reset(kind: str) -> None:
     assert (len(made) == 0) == (kind == "no_parameters")
 
 
-@pytest.mark.parametrize("dtype", [F64, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, *slow([F64])], ids=str)
 @pytest.mark.parametrize("kind", ["mlp", "norms", "embeddings", "transformer"])
 def test_other_dtypes(kind: str, dtype: torch.dtype) -> None:
     assert_same_runs(lambda: ZOO[kind]().to(dtype), None)
@@ -249,6 +250,7 @@ def test_one_generator_for_functions_and_operators() -> None:
     assert_same_runs(Two, fn)
 
 
+@pytest.mark.slow
 def test_everything_in_order() -> None:
     def fn(m: Two, g: torch.Generator) -> None:
         for name, case in CASES.items():

@@ -3,89 +3,96 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+
 LIMIT = 8 * 1024  # KiB
 
-SCRIPT = """
-import sys
-import torch, fastinit
+# Each measurement has a process of its own, forked from one that has imported torch.
+FORKED = """
+    import contextlib, os
+    import torch, fastinit
+    from torch import nn
 
-def peak():  # of this process; ru_maxrss would begin with that of the one that started it
-    with open("/proc/self/status") as lines:
-        return next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
+    def peak():
+        with open("/proc/self/status") as lines:
+            return next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
 
-def fill(t):
-    law = sys.argv[1]
-    (fastinit.sparse_(t, 0.9) if law == "sparse_" else getattr(fastinit, law)(t))
+    def measure(prepare, work):
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(4)
+            given = prepare()
+            before = peak()
+            kept = work(given)
+            print(peak() - before, flush=True)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+"""
 
-torch.set_num_threads(4)
-t = torch.ones(1 << 13, 1 << 12)
-fill(torch.ones(256, 256))  # probes
-before = peak()
-if len(sys.argv) > 2:
-    wasted = torch.ones(int(sys.argv[2]), dtype=torch.uint8)
-fill(t)
-print(peak() - before)
+LAWS = """
+    def fill(t, law):
+        (fastinit.sparse_(t, 0.9) if law == "sparse_" else getattr(fastinit, law)(t))
+
+    for law in ("uniform_", "normal_", "trunc_normal_", "sparse_"):
+        def prepare():
+            fill(torch.ones(256, 256), law)  # probes
+            return torch.ones(1 << 13, 1 << 11)
+
+        measure(prepare, lambda t: fill(t, law))
+
+    def waste(t):
+        wasted = torch.ones(16 << 20, dtype=torch.uint8)
+        return wasted, fastinit.uniform_(t)
+
+    measure(prepare, waste)
+"""
+
+SCOPE = """
+    def build(drops):
+        layers = [nn.Linear(1500, 1500) for _ in range(20)]
+        for layer in layers:
+            nn.init.normal_(layer.weight, std=0.02)
+        if drops:  # heads that are replaced
+            layers[10:] = [nn.Linear(1500, 2) for _ in range(10)]
+        return nn.Sequential(*layers)
+
+    for drops in (False, True):
+        for scope in (contextlib.nullcontext, fastinit.fused):
+            def prepare():
+                with scope():
+                    nn.init.normal_(nn.Linear(200, 200).weight)  # probes
+
+            def work(_):
+                with scope():
+                    model = build(drops)
+                return model
+
+            measure(prepare, work)
 """
 
 
-def growth(*arguments: str) -> int:
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=True
-    )
-    return int(run.stdout)
+def measured(what: str, python: Callable[..., Any]) -> list[int]:
+    done = python(FORKED + what)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [int(line) for line in done.stdout.split()]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-@pytest.mark.parametrize("law", ["uniform_", "normal_", "trunc_normal_", "sparse_"])
-def test_extra_memory(law: str) -> None:
-    assert growth(law) < LIMIT
+def test_extra_memory(python: Callable[..., Any]) -> None:
+    *laws, wasted = measured(LAWS, python)
+    assert len(laws) == 4
+    assert max(laws) < LIMIT, laws
+    assert wasted > LIMIT, "waste would not be seen"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_that_waste_would_be_seen() -> None:
-    assert growth("uniform_", str(16 << 20)) > LIMIT
-
-
-BLOCK = """
-import contextlib, sys
-import torch, fastinit
-from torch import nn
-
-def peak():
-    with open("/proc/self/status") as lines:
-        return next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
-
-def build():
-    layers = [nn.Linear(1500, 1500) for _ in range(20)]
-    for layer in layers:
-        nn.init.normal_(layer.weight, std=0.02)
-    if sys.argv[2] == "drops":  # heads that are replaced
-        layers[10:] = [nn.Linear(1500, 2) for _ in range(10)]
-    return nn.Sequential(*layers)
-
-torch.set_num_threads(4)
-fused = sys.argv[1] == "fused"
-with fastinit.fused() if fused else contextlib.nullcontext():
-    nn.init.normal_(nn.Linear(200, 200).weight)  # probes
-before = peak()
-with fastinit.fused() if fused else contextlib.nullcontext():
-    model = build()
-print(peak() - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-@pytest.mark.parametrize("what", ["keeps", "drops"])
-def test_a_block_needs_no_more_than_eager(what: str) -> None:
-    """Less where storages are dropped: their memory is never touched."""
-    peaks = {}
-    for way in ("eager", "fused"):
-        run = [sys.executable, "-c", BLOCK, way, what]
-        peaks[way] = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
-    extra = 16 * 1024 if what == "keeps" else -10 * 1500 * 1500 * 4 // 1024 // 2
-    assert peaks["fused"] < peaks["eager"] + extra
+@pytest.mark.slow
+def test_fused_needs_no_more_than_eager(python: Callable[..., Any]) -> None:
+    """Where storages are dropped it needs less: their memory is never touched."""
+    eager, fused, eager_drops, fused_drops = measured(SCOPE, python)
+    assert fused < eager + 16 * 1024
+    assert fused_drops < eager_drops - 10 * 1500 * 1500 * 4 // 1024 // 2

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,27 +14,28 @@ from fastinit import execute, probe
 from fastinit.core import build, geometry, kernels
 
 TIMING = """
-import time, torch, fastinit
-t = torch.empty(1 << 16)
-start = time.perf_counter()
-getattr(fastinit, {name!r})(t)
-first = time.perf_counter() - start
-start = time.perf_counter()
-getattr(fastinit, {name!r})(t)
-print(first - (time.perf_counter() - start))
+    import time, torch, fastinit
+    t = torch.empty(1 << 16)
+
+    def seconds(fill):
+        start = time.perf_counter()
+        fill(t)
+        return time.perf_counter() - start
+
+    for fill in (fastinit.trunc_normal_, fastinit.normal_, fastinit.uniform_):
+        print(seconds(fill) - seconds(fill))
 """
 
 
-@pytest.mark.parametrize("name", ["uniform_", "normal_", "trunc_normal_"])
-def test_proof_takes_less_than_20_ms(name: str) -> None:
-    seconds = []
+def test_a_proof_takes_less_than_20_ms(python: Callable[..., Any]) -> None:
+    """The first includes that of the normals it rests on."""
     for _ in range(3):  # the machine may be busy
-        script = TIMING.format(name=name)
-        run = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True
-        )
-        seconds.append(float(run.stdout))
-    assert min(seconds) < 0.02
+        done = python(TIMING)
+        assert done.returncode == 0, done.stderr[-2000:]
+        slowest = max(map(float, done.stdout.split()))
+        if slowest < 0.02:
+            return
+    pytest.fail(f"{slowest} s")
 
 
 @pytest.mark.parametrize("op", ["uniform", "normal"])

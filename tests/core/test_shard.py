@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastinit.core import shard
 from fastinit.core.shard import Slab
 from tests.support import gloo
+from tests.support.marks import slow
 
 if not dist.is_available():
     pytest.skip("torch without distributed", allow_module_level=True)
@@ -167,7 +168,7 @@ def anything(r: np.random.Generator, most: int = 4) -> Tensor:
     return t
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", [*range(40), *slow(range(40, 150))])
 def test_any_block(seed: int) -> None:
     r = np.random.default_rng(seed)
     t = anything(r)
@@ -259,7 +260,7 @@ def test_all_of_it_is_a_part(name: str) -> None:
         assert shard.part(p, 0, (p.numel(),), (1,)) == shard.slabs(p)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", [*range(40), *slow(range(40, 150))])
 def test_views_are_parts(seed: int) -> None:
     r = np.random.default_rng(seed)
     p = filled(anything(r))
@@ -277,7 +278,7 @@ def test_views_are_parts(seed: int) -> None:
     assert answered or len(shard.slabs(p)) > 1
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", [*range(30), *slow(range(30, 100))])
 def test_any_region_of_contiguous_memory(seed: int) -> None:
     r = np.random.default_rng(seed)
     sizes, strides, reach = [], [], 1
@@ -502,7 +503,7 @@ def test_another_order_of_shards() -> None:
             same(here, shard.slabs(t))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(4), *slow(range(4, 12))])
 def test_any_placements(seed: int) -> None:
     r = np.random.default_rng(seed)
     mesh = [int(n) for n in r.integers(1, 4, int(r.integers(1, 4)))]
@@ -555,6 +556,7 @@ def test_neither_operators_nor_time() -> None:
         assert len(found) == 1
 
 
+@pytest.mark.slow
 def test_import_stays_cheap() -> None:
     code = (
         "import sys, torch, fastinit.core.shard as s\n"
@@ -682,6 +684,7 @@ def sharded(rank: int) -> dict[str, list[list[int]]]:
     return has
 
 
+@pytest.mark.slow
 def test_fully_shard() -> None:
     results = gloo.run(sharded, 4)
     for kind, times in [("2", 2), ("4", 1), ("HSDP", 2)]:
@@ -698,10 +701,12 @@ def fails(rank: int) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_gloo_returns_in_the_order_of_ranks() -> None:
     assert gloo.run(operator.add, 2, 10) == [10, 11]
 
 
+@pytest.mark.slow
 def test_gloo_raises_what_a_rank_raised() -> None:
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match=r"rank 1 .*\n(.*\n)*KeyError: 'of rank one'"):

@@ -20,6 +20,7 @@ WIDTH = 64
 STARTS = [0, 2**29 - 32, 2**30 - 32, SIZE // 16 * 16 - WIDTH]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(FREE < 7 << 30, reason="needs 4 GiB for one tensor")
 def test_beyond_32_bits() -> None:
     seed = 31

@@ -7,6 +7,7 @@ import torch
 
 import fastinit
 from fastinit import _cpu
+from tests.support.marks import slow
 
 N = 40_000_003  # beyond what skipping costs less than a polynomial, and no multiple of anything
 
@@ -18,7 +19,7 @@ def threads() -> object:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [3, *slow([2])])
 def test_uniform_far_ahead(threads, count: int) -> None:
     threads(count)
     g = torch.Generator().manual_seed(count)
@@ -40,7 +41,7 @@ def test_uniform_far_ahead(threads, count: int) -> None:
     assert left[16:24].view(np.uint64)[0] == after["pos"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, *slow([torch.bfloat16])])
 def test_normal_far_ahead(threads, dtype: torch.dtype) -> None:
     """A plan of unequal tensors, with words skipped because a later fill overwrites an earlier."""
     threads(3)

@@ -60,7 +60,7 @@ def test_threads_sharing_one_generator_by_two_ways(size: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fastinit.core.geometry, "MIN_NATIVE", 4096)
-        in_threads(*[lambda: job(size, 3000)] * 2, lambda: job(6000, 400))
+        in_threads(*[lambda: job(size, 1000)] * 2, lambda: job(6000, 200))
     after = generator.get_state()
     generator.manual_seed(3)
     serial = torch.empty(sum(map(len, chunks))).uniform_(generator=generator)
@@ -89,7 +89,7 @@ def test_thread_count_does_not_matter(name: str, args: tuple, dtype: torch.dtype
     generator = start.place(options.get("generator", torch.Generator()))
     expected = bits(getattr(torch_init, name)(torch.empty(size, dtype=dtype), *args, **options))
     state = generator.get_state()
-    for threads in (1, 2, 3, 5):
+    for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         start.place(generator)
         tensor = torch.full((size,), -77.0, dtype=dtype)
@@ -155,7 +155,10 @@ def test_other_python_threads_run_during_a_fill() -> None:
 
 @pytest.mark.parametrize(
     ("name", "args", "millions"),
-    [("trunc_normal_", (0.0, 1.0, -0.4, 0.4), 60), ("normal_", (), 200)],
+    [
+        ("trunc_normal_", (0.0, 1.0, -0.4, 0.4), 60),
+        pytest.param("normal_", (), 200, marks=pytest.mark.slow),
+    ],
 )
 def test_interrupt(name: str, args: tuple, millions: int, python: Callable) -> None:
     """Ctrl-C ends a fill of several seconds within two, and the generator can still be used."""

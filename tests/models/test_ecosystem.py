@@ -20,6 +20,7 @@ import fastinit
 from tests.support import blocks
 from tests.support.blocks import Block, Cases, Variant, compare
 from tests.support.compare import BF16, F32
+from tests.support.marks import slow, slow_but
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
@@ -38,17 +39,6 @@ def library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         pytest.skip(f"{name} is not installed: {error}")
-
-
-@pytest.mark.parametrize("name", case)
-@pytest.mark.parametrize("variant", ["usual", "inside"])
-@pytest.mark.usefixtures("own_factors")
-def test_case(name: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = Variant(smallest=fastinit.core.geometry.MIN_NATIVE)  # small tensors as users have it
-    monkeypatch.setitem(blocks.VARIANTS, "usual", usual)
-    count = fastinit.core.kernels.native_fills
-    compare(case[name], variant)
-    assert fastinit.core.kernels.native_fills > count, "fused() left all of it to torch"
 
 
 # ---- torch itself ----
@@ -212,3 +202,14 @@ def lightning_trainer(b: Block) -> Any:
         model = Lit()
     lightning.seed_everything(3, verbose=False)
     return model, Lit(), torch.get_rng_state()
+
+
+@pytest.mark.parametrize("name", slow_but(case, "transformer", "recurrent", "target_network"))
+@pytest.mark.parametrize("variant", ["inside", *slow(["usual"])])
+@pytest.mark.usefixtures("own_factors")
+def test_case(name: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = Variant(smallest=fastinit.core.geometry.MIN_NATIVE)  # small tensors as users have it
+    monkeypatch.setitem(blocks.VARIANTS, "usual", usual)
+    count = fastinit.core.kernels.native_fills
+    compare(case[name], variant)
+    assert fastinit.core.kernels.native_fills > count, "fused() left all of it to torch"

@@ -13,6 +13,7 @@ import torch.distributed as dist
 SCRIPT = Path(__file__).parents[2] / "examples" / "same_everywhere.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 def test_hashes() -> None:
     done = subprocess.run(

@@ -23,13 +23,13 @@ import fastinit
 from tests.support import blocks
 from tests.support.blocks import Block, Cases, Variant, compare
 from tests.support.compare import BF16, F16, F32, F64, assert_equal_seen, bits
+from tests.support.marks import slow, slow_but
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 tr = pytest.importorskip("transformers", reason="transformers is not installed")
 hf_init = pytest.importorskip("transformers.initialization", reason="transformers 5 has it")
 
 case = Cases()
-usual_and_native = pytest.mark.parametrize("variant", ["usual", "inside"])
 
 
 @pytest.fixture(autouse=True)
@@ -185,12 +185,13 @@ def assert_same_in_block(function: blocks.Case, variant: str = "inside") -> None
 # ---- built ----
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("variant", ["usual", "inside", "mixed"])
+@pytest.mark.parametrize("name", slow_but(MODELS, "gpt2", "qwen3_next", "modernbert"))
+@pytest.mark.parametrize("variant", ["inside", *slow(["usual", "mixed"])])
 def test_construction(name: str, variant: str) -> None:
     assert_same_in_block(lambda b: seen_of(build(name)), variant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, F16, F64])
 @pytest.mark.parametrize("name", ["llama", "bert", "mixtral", "modernbert", "mamba"])
 def test_construction_in_another_dtype(name: str, dtype: torch.dtype) -> None:
@@ -303,8 +304,8 @@ def new_head(b: Block) -> Any:
     return seen_of(model)
 
 
-@pytest.mark.parametrize("name", case)
-@usual_and_native
+@pytest.mark.parametrize("name", slow_but(case, "copied", "default_dtype", "a_step_of_training"))
+@pytest.mark.parametrize("variant", ["inside", *slow(["usual"])])
 def test_case(name: str, variant: str) -> None:
     assert_same_in_block(case[name], variant)
 
@@ -321,6 +322,7 @@ def start_again(model: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", "modernbert"])
 def test_no_init_weights(name: str) -> None:
     def without(b: Block) -> Any:
@@ -332,7 +334,7 @@ def test_no_init_weights(name: str) -> None:
         assert_same_in_block(without, variant)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "t5", "vit"])
+@pytest.mark.parametrize("name", slow_but(["llama", "bert", "t5", "vit"], "llama"))
 def test_meta_and_to_empty(name: str) -> None:
     def from_meta(b: Block) -> Any:
         with torch.device("meta"):
@@ -344,6 +346,7 @@ def test_meta_and_to_empty(name: str) -> None:
         assert_same_in_block(from_meta, variant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("include_buffers", [False, True])
 def test_accelerate_empty_weights(include_buffers: bool) -> None:
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -384,12 +387,13 @@ LOADS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", LOADS)
+@pytest.mark.parametrize("name", slow_but(LOADS, "a layer is missing"))
 def test_from_pretrained(name: str, checkpoint: Path) -> None:
     for variant in ("usual", "inside"):
         compare(lambda b: loaded(checkpoint, **LOADS[name]), variant)
 
 
+@pytest.mark.slow
 def test_from_pretrained_that_fails(checkpoint: Path) -> None:
     def mismatched(b: Block) -> Any:
         b.notes.append(build("bert"))  # what was made before has its values
@@ -399,6 +403,7 @@ def test_from_pretrained_that_fails(checkpoint: Path) -> None:
     assert_same_in_block(mismatched)
 
 
+@pytest.mark.slow
 def test_saved_inside(tmp_path: Path) -> None:
     """safetensors and pickle read memory behind torch's back."""
 
@@ -443,7 +448,7 @@ def assert_same_models(make: dict[bool, Callable[[], Any]], what: str) -> None:
     assert_equal_seen(seen[0], seen[1], what)
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "bert", "vit", "modernbert"])
+@pytest.mark.parametrize("name", ["t5", *slow(["llama", "bert", "vit", "modernbert"])])
 def test_materialize(name: str, native: None) -> None:
     """_init_weights writes every parameter and buffer of these models: nobody is warned."""
 
@@ -464,7 +469,7 @@ def test_materialize(name: str, native: None) -> None:
     assert_same_models({False: eager, True: fast}, name)
 
 
-@pytest.mark.parametrize("name", ["llama", "wav2vec2", "modernbert", "whisper"])
+@pytest.mark.parametrize("name", ["llama", *slow(["wav2vec2", "modernbert", "whisper"])])
 def test_installed(name: str, native: None) -> None:
     """transformers keeps torch's functions from its import and rebinds them while it works."""
 
