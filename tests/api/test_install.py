@@ -215,6 +215,7 @@ def test_module_without_a_name(library: Callable[..., Any]) -> None:
         assert init_is_replaced()
 
 
+@pytest.mark.slow
 def test_transformers() -> None:
     """Its table of torch's functions, which it puts into torch.nn.init while it loads models."""
     reason = "transformers with an initialization module is not installed"

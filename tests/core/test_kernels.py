@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastinit.core import kernels
+from tests.support.marks import slow_but
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -48,7 +49,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", slow_but(CHANGES, "another order"))
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_other_sources_are_refused(python: Python, module: object, change: str) -> None:
     name = getattr(module, "__name__", "").rpartition(".")[2]
