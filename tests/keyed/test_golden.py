@@ -1,6 +1,7 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The keyed stream is frozen: a value that changes is a major release.
 
-`python tests/test_golden.py` writes tests/data/golden.json anew, for that release.
+`python tests/keyed/test_golden.py` writes tests/support/data/golden.json anew, for that release.
 """
 
 from __future__ import annotations

@@ -200,6 +200,7 @@ def quiet() -> Iterator[None]:
     logger.setLevel(level)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HF)
 def test_transformers(name: str, quiet: None) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"

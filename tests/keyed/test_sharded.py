@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Keyed numbers of sharded models: on 1 to 4 gloo ranks those of the model in one process.
 
-tests/sharded_models.py has the models and what the ranks do, all of it in one group for each size.
+tests/support/sharded_models.py has the models and what the ranks do, all of it in one group for
+each size: of two by default, of 1, 3 and 4 in the slow run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 
 import fastinit
 from tests.support import gloo
+from tests.support.marks import slow_but
 
 if not dist.is_available():
     pytest.skip("torch without distributed", allow_module_level=True)
@@ -30,7 +32,7 @@ from tests.support.sharded_models import MODELS, SEED, WAYS, Case, Result, bits
 
 WORLDS = (1, 2, 3, 4)
 SECONDS = 100
-each_world = pytest.mark.parametrize("world", WORLDS)
+each_world = pytest.mark.parametrize("world", slow_but(WORLDS, 2))
 NETS = [name for name in MODELS if name != "zoo"]
 Wholes = dict[str, NDArray[Any]]
 
@@ -92,7 +94,7 @@ def assert_pieces(pieces: Sequence[dict[str, sharded.Piece]], expected: Wholes) 
 
 
 ALL = [
-    pytest.param(world, case, id=f"{world}-{case}")
+    pytest.param(world, case, id=f"{world}-{case}", marks=[pytest.mark.slow] * (world != 2))
     for world in WORLDS
     for case in sharded.cases(world)
 ]
@@ -186,10 +188,11 @@ def test_training(world: int) -> None:
     assert losses[0][0] == alone[0]
     assert losses[0] == pytest.approx(alone, rel=1e-5)
     assert losses[0][-1] < losses[0][0]
-    if world in (1, 2):  # a mean of two equal gradients is exact
-        assert losses[0] == results(1)[0].losses
+    if world == 1:  # a mean of two equal gradients is exact
+        assert losses[0] == results(2)[0].losses
 
 
+@pytest.mark.slow
 def test_memory() -> None:
     for rank in results(4):
         if not rank.growth:
@@ -199,6 +202,7 @@ def test_memory() -> None:
         assert max(growth.values()) < 16 + 8, growth
 
 
+@pytest.mark.slow
 def test_wrapped_models() -> None:
     found = results(1)[0].wrapped
     assert len(found) >= 6

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Laws and independence of keyed numbers; each check gives a probability, and what is wrong fails."""
+"""Laws and independence of keyed numbers. Each check gives a probability; what is wrong fails."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Models, ways to shard them, and what each rank of a gloo group does for test_keyed_sharded.py.
+"""Models, ways to shard them, and what each rank of a gloo group does for keyed/test_sharded.py.
 
 Where an element of a rank's memory stands in the whole parameter is what torch says, not fastinit:
 a ruler, the same model with the indices of its elements for values, is sharded the same way.
@@ -303,9 +303,15 @@ class Case(NamedTuple):
 
 
 def cases(world: int) -> list[Case]:
-    zoos, nets = ["last"], ["fsdp", "tp", "checkpointed"]
+    """Return few cases for two ranks, the group of the default run, and many for others."""
     kinds = ("float32", "bfloat16", "built", "again")
     if world == 2:
+        found = [Case("fsdp", "zoo", "own", kind) for kind in ("float32", "again")]
+        found += [Case("replicated", "zoo", "own"), Case("tp", "tied", "typical", "bfloat16")]
+        found += [Case(layout, "net", "typical") for layout in ("fsdp", "tp", "checkpointed")]
+        return found + [Case("fsdp", "net", way) for way in ("keys", "temporaries", "local")]
+    zoos, nets = ["last"], ["fsdp", "tp", "checkpointed"]
+    if world == 3:
         zoos += ["replicated"]
     if world == 4:
         zoos += ["hsdp", "first x last", "first x first"]
@@ -316,7 +322,7 @@ def cases(world: int) -> list[Case]:
     found += [Case("fsdp", "net", "typical", kind) for kind in kinds[1:]]
     for name in ("net", "uneven", "tiny", "tied"):
         found += [Case(layout, name, "typical") for layout in nets]
-    of_ways = {1: (), 2: ("fsdp",), 3: ("fsdp",), 4: ("fsdp x tp",)}[world]
+    of_ways = {1: (), 3: ("fsdp",), 4: ("fsdp x tp",)}[world]
     return found + [
         Case(layout, "net", way) for layout in of_ways for way in WAYS if way != "typical"
     ]
