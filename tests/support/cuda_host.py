@@ -11,10 +11,11 @@ import os
 import shlex
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -45,14 +46,27 @@ def walker() -> ctypes.CDLL:
     return dll
 
 
-class Generator:
-    """Stands for a CUDA generator."""
+class Generator(torch.Generator):
+    """Stands for a CUDA generator; for torch it is one of the CPU.
+
+    Dispatch modes and kernels are given another object of the same generator: `find` gives ours.
+    """
+
+    known: ClassVar[weakref.WeakValueDictionary[int, Generator]] = weakref.WeakValueDictionary()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Generator:
+        return super().__new__(cls)
 
     def __init__(self, seed: int = 0, offset: int = 0) -> None:
-        self.seed, self.offset, self._cdata = seed, offset, id(self)
+        self.seed, self.offset = seed, offset  # type: ignore[method-assign, assignment]
+        self.known[self._cdata] = self
+
+    @classmethod
+    def find(cls, generator: Any) -> Generator | None:
+        return cls.known.get(generator._cdata) if isinstance(generator, torch.Generator) else None
 
     def initial_seed(self) -> int:
-        return self.seed
+        return self.seed  # type: ignore[return-value]
 
     def get_offset(self) -> int:
         return self.offset
@@ -68,7 +82,7 @@ class Simulation:
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self.default = Generator(seed=1234, offset=8)
-        self.launches: list[tuple[int, int]] = []  # fills, tiles
+        self.launches: list[int] = []  # fills of each
         self.copies = 0  # to device memory
         self.factors = cuda_qr_host.Simulation(cuda_qr_host.HOPPER)
         self.backwards = False
@@ -113,7 +127,7 @@ class Simulation:
             int(self.backwards),
         )
         assert status == 0
-        self.launches.append((count, tiles))
+        self.launches.append(count)
         kernels.native_fills += count
 
     def upload(self, data: bytes, device: int) -> torch.Tensor:
@@ -132,10 +146,13 @@ def simulated(gpu: Gpu) -> Iterator[Simulation]:
     resolve, supported, verdict = source.resolve, source.is_supported, probe.verdict
 
     def resolve_here(generator: Any, device: int) -> Any:
-        return sim.default if generator is None and device >= 0 else resolve(generator, device)
+        if generator is None and device >= 0:
+            return sim.default
+        return Generator.find(generator) or resolve(generator, device)
 
     def is_supported(generator: Any, device: int) -> bool:
-        return isinstance(generator, Generator) or supported(generator, -1 if device < 0 else 99)
+        found = Generator.find(generator) is not None
+        return found or supported(generator, -1 if device < 0 else 99)
 
     def draw_mask(fill: fill_.Fill) -> torch.Tensor:
         with pytest.MonkeyPatch.context() as inner:
