@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastinit
 from fastinit.core import build, geometry
-from fastinit.core.fill import Fill
+from fastinit.core.fill import Drawn, Fill
 from fastinit.cuda import fills as cuda_fills
 from fastinit.cuda import runtime
 from tests.support import cuda_model as m
@@ -230,12 +230,12 @@ def test_drawn_ahead(gpu: Gpu) -> None:
         fill = make(t, *args, world.generators[by])
         assert fill is not None
         start = t.storage_offset() * t.element_size()
-        fill.extent = start, start + geometry.span(t) * t.element_size()
-        fill.stream = 7  # drawing says it as well
+        extent = start, start + geometry.span(t) * t.element_size()
+        waiting = Drawn(fill, extent, stream=7)  # drawing says it as well
         if fill.generator is not None:
-            fill.state = cuda_fills.draw_ahead(fill)
+            waiting.state, waiting.mask = cuda_fills.draw_ahead(fill)
         fill.tensor = geometry.NO_TENSOR[t.dtype]
-        fills.append((fill, t.untyped_storage()))
+        fills.append((waiting, t.untyped_storage()))
         world.steps.append((name, t, args, by))
         torch.autograd.graph.increment_version([base] * fill.bumps)  # as a scope does
     random.Random(3).shuffle(fills)

@@ -43,7 +43,9 @@ def test_threads_draw_no_number_twice(
     generators = [Slow(seed=1), Slow(seed=2, offset=40)]
     if own_locks:  # as torch.Generators have; without, the default one's serves all
         lock_of = source.lock_of
-        of_type = lambda g: source._locks.setdefault(source.key_of(g), source.threading.RLock())  # noqa: E731
+        of_type = lambda g: source._locks.setdefault(
+            source.generator_id(g), source.threading.RLock()
+        )  # noqa: E731
         monkeypatch.setattr(
             source, "lock_of", lambda g: of_type(g) if isinstance(g, Slow) else lock_of(g)
         )
@@ -90,11 +92,11 @@ def test_locks_are_taken_in_one_order(
     a thread that takes them otherwise and one that waits for the second would wait for ever."""
     held: list[int] = []
     wrong: list[tuple[int, list[int]]] = []
-    g, key_of = Generator(3), source.key_of
+    g, key_of = Generator(3), source.generator_id
 
     @contextmanager
     def lock_of(generator: Any) -> Iterator[None]:
-        own = source.key_of(generator)
+        own = source.generator_id(generator)
         if own not in held and held and own < max(held):
             wrong.append((own, list(held)))
         held.append(own)
@@ -104,7 +106,7 @@ def test_locks_are_taken_in_one_order(
             held.pop()
 
     mine = g._cdata
-    monkeypatch.setattr(source, "key_of", lambda x: key if x._cdata == mine else key_of(x))
+    monkeypatch.setattr(source, "generator_id", lambda x: key if x._cdata == mine else key_of(x))
     monkeypatch.setattr(source, "lock_of", lock_of)
     w, made = torch.empty(40, 30), fastinit.Plan()
     with in_scope(way == "scope"):
