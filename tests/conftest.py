@@ -71,6 +71,12 @@ def native(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def large_from_4096(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of 4096 elements are large, as the sizes of the test mean."""
+    monkeypatch.setattr(fastinit.core.geometry, "MIN_NATIVE", 4096)
+
+
+@pytest.fixture
 def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """python(code or ["-m", ...], NAME=value, ...): run it in a fresh process, away from here."""
 

@@ -29,18 +29,13 @@ from tests.support.compare import assert_equal_seen
 from tests.support.marks import slow, slow_but
 from tests.support.models import ZOO, model_state
 
+pytestmark = pytest.mark.usefixtures("large_from_4096")
 NAMES = init.__all__
 _state = sys.modules["fastinit.install"]
 # Not a dictionary: install would find it.
 TRUNC_NORMAL = fastinit.dispatch.ORIGINALS["_no_grad_trunc_normal_"]
 ORIGINAL = types.MappingProxyType({name: fastinit.dispatch.ORIGINALS[name] for name in NAMES})
 imported = {"laws": kaiming_normal_, "other": 3}  # what users write at module level
-
-
-@pytest.fixture(autouse=True)
-def large_from_4096(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sizes here are meant so."""
-    monkeypatch.setattr(fastinit.core.geometry, "MIN_NATIVE", 4096)
 
 
 def bindings() -> dict[tuple[str, str], int]:

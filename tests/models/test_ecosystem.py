@@ -24,13 +24,8 @@ from tests.support.marks import slow, slow_but
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
+pytestmark = pytest.mark.usefixtures("large_from_4096")
 case = Cases()
-
-
-@pytest.fixture(autouse=True)
-def large_from_4096(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sizes here are meant so."""
-    monkeypatch.setattr(fastinit.core.geometry, "MIN_NATIVE", 4096)
 
 
 def library(name: str) -> Any:
