@@ -18,10 +18,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
 import fastinit
+from fastinit import fused, init_model_, materialize_
 from fastinit.core import recording
 from tests.support.blocks import N, each
 from tests.support.compare import (
     F32,
+)
+from tests.support.reports import (
+    each_seed,
+    on_meta,
 )
 
 
@@ -140,3 +145,30 @@ def test_loops_do_not_grow(make: Callable[[torch.Tensor], Any]) -> None:
     assert all(len(row.written_by) < 5 for row in report.rows())
     assert len(report.rows()) < 10
     assert len(str(report).splitlines()) < 30
+
+
+@each_seed
+@pytest.mark.parametrize("how", ["fused", "init_model_", "materialize_"])
+def test_nothing_is_kept_alive(how: str, seed: int | None) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(100, 100), nn.Linear(3, 3))
+
+    if how == "fused":
+        with fused(seed=seed) as report:
+            model = make()
+    elif how == "init_model_":
+        model = make()
+        report = init_model_(model, seed=seed)
+    else:
+        model = on_meta(make)
+        report = materialize_(model, seed=seed)
+    refs: list[Any] = [weakref.ref(x) for x in (model, *model.parameters())]
+    refs += [weakref.ref(p.untyped_storage()) for p in model.parameters()]
+    assert len(report.rows()) == 4
+    str(report)
+    del model
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * len(refs)
+    assert report.rows() == []
+    assert str(report)
+    report.check()
