@@ -6,17 +6,23 @@ the same generator state. In `with fused():` whatever is initialised is written 
 one threaded pass.
 """
 
-from fastinit import init as _init
-from fastinit.capture.report import Report
-from fastinit.core.key import Key
-from fastinit.fused import fused
-from fastinit.init import *  # noqa: F403  (the names of torch.nn.init)
-from fastinit.init import orthogonal_batched_
-from fastinit.install import install, installed, uninstall
-from fastinit.model import init_model_, materialize_
-from fastinit.plan import Plan, record
+import sys as _sys
 
-__all__ = ["Key", "Plan", "Report", "fused", "init_model_", "install", "installed", "materialize_"]
-__all__ += ["orthogonal_batched_", "record", "uninstall"]
-__all__ += _init.__all__
 __version__ = "0.6.0"
+try:
+    from fastinit import init as _init
+    from fastinit.capture.report import Report
+    from fastinit.core.key import Key
+    from fastinit.fused import fused
+    from fastinit.init import *  # noqa: F403  (the names of torch.nn.init)
+    from fastinit.init import orthogonal_batched_
+    from fastinit.install import install, installed, uninstall
+    from fastinit.model import init_model_, materialize_
+    from fastinit.plan import Plan, record
+except ImportError:
+    if _sys.argv[1:] != ["info"] or not _sys.argv[0].endswith(("-m", "fastinit")):
+        raise  # but `fastinit info` says itself what is missing
+else:
+    __all__ = ["Key", "Plan", "Report", "fused", "init_model_", "install", "installed"]
+    __all__ += ["materialize_", "orthogonal_batched_", "record", "uninstall"]
+    __all__ += _init.__all__

@@ -33,34 +33,38 @@ def header() -> str:
 
 def info() -> int:
     """Print versions and what was built, as far as they are known; return the exit status."""
-    print(f"python    {platform.python_version()} on {platform.platform()}")
-    try:
-        import torch
+    import fastinit
 
-        capability = torch.backends.cpu.get_cpu_capability()
-        print(
-            f"torch     {torch.__version__}, CPU capability {capability}, CUDA {torch.version.cuda}"
-        )
-        print(f"threads   {torch.get_num_threads()}")
-    except ImportError as error:
-        print(f"torch     does not load: {error}")
-        return 1
-    try:
-        import fastinit
-        from fastinit import _cpu
-        from fastinit.core import kernels  # noqa: F401
-    except ImportError as error:
-        print(f"fastinit  does not load: {error}")
-        return 1
-    print(f"fastinit  {fastinit.__version__}, built with {_cpu.COMPILER}")
+    print(f"python    {platform.python_version()} on {platform.platform()}")
     print(f"processor {cpu_model()}")
-    targets = [
-        f"{name}{'' if runs else ' (not on this processor)'}" for name, runs in _cpu.targets()
-    ]
-    print(f"targets   {', '.join(targets)}; in use: {_cpu.target()}")
-    for line in about_cuda():
-        print(f"CUDA      {line}")
-    return 0
+    print(f"fastinit  {fastinit.__version__}")
+    status = 0
+    for title, about in {"torch": about_torch, "CPU": about_cpu, "CUDA": about_cuda}.items():
+        try:
+            lines = about()
+        except ImportError as error:
+            lines, status = [f"does not load: {error}"], 1
+        for line in lines:
+            print(f"{title:<9} {line}")
+    return status
+
+
+def about_torch() -> list[str]:
+    """Return lines about torch."""
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    versions = f"{torch.__version__}, CPU capability {capability}, CUDA {torch.version.cuda}"
+    return [versions, f"{torch.get_num_threads()} threads"]
+
+
+def about_cpu() -> list[str]:
+    """Return lines about the kernels for the CPU."""
+    from fastinit import _cpu
+
+    names = [f"{n}{'' if runs else ' (not on this processor)'}" for n, runs in _cpu.targets()]
+    targets = f"targets {', '.join(names)}; in use: {_cpu.target()}"
+    return [f"fastinit._cpu built with {_cpu.COMPILER}", targets]
 
 
 def about_cuda() -> list[str]:

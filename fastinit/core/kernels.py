@@ -24,9 +24,10 @@ _cuda: Any = None
 why_no_cuda = "not built: there was no nvcc, or FORCE_ONLY_CPU=1"
 try:
     import fastinit._cuda as _cuda
+except ModuleNotFoundError:
+    pass
 except ImportError as error:
-    if error.name != "fastinit._cuda":
-        why_no_cuda = f"does not load: {error}"
+    why_no_cuda = f"does not load: {error}"
 else:
     why_no_cuda = ""
 if torch.version.hip is not None:

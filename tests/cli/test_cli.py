@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import pytest
 import torch
 
 import fastinit
@@ -40,6 +41,40 @@ def test_info(python: Callable) -> None:
     assert fastinit.__version__ in done.stdout
     for name, _ in fastinit._cpu.targets():
         assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "line"),
+    [
+        ("torch", "ModuleNotFoundError", "torch     does not load: "),
+        ("fastinit._cpu", "ModuleNotFoundError", "CPU       does not load: "),
+        ("fastinit._cpu", "ImportError", "CPU       does not load: no such symbol"),
+        ("fastinit._cuda", "ModuleNotFoundError", "CUDA      no kernels (not built: "),
+        ("fastinit._cuda", "ImportError", "CUDA      no kernels (does not load: no such symbol"),
+    ],
+)
+def test_info_of_what_is_broken(python: Callable, module: str, error: str, line: str) -> None:
+    """Every other line is there; another command or program gets the error."""
+    hide = f"""
+        import sys, runpy
+
+        class Hiding:
+            def find_spec(self, name, *_):
+                if name == {module!r}:
+                    raise {error}("no such symbol", name=name)
+
+        sys.meta_path.insert(0, Hiding())
+        sys.argv = ["fastinit", COMMAND]
+        runpy.run_module("fastinit", run_name="__main__")
+    """
+    done = python(hide.replace("COMMAND", "'info'"))
+    assert line in done.stdout, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert f"fastinit  {fastinit.__version__}" in done.stdout
+    assert all(f"\n{title} " in done.stdout for title in ("processor", "torch", "CPU", "CUDA"))
+    assert done.returncode == (module != "fastinit._cuda")
+    if module == "torch":
+        assert error in python(hide.replace("COMMAND", "'demo'")).stderr
 
 
 def test_demo(python: Callable) -> None:
