@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
 import pytest
 import torch
 
 import fastinit
 from tests.support.compare import BF16, bits
+from tests.support.mt19937 import Words, at_state
 
 SIZE = 2**31 + 17
 FREE = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -24,8 +24,7 @@ STARTS = [0, 2**29 - 32, 2**30 - 32, SIZE // 16 * 16 - WIDTH]
 @pytest.mark.skipif(FREE < 7 << 30, reason="needs 4 GiB for one tensor")
 def test_beyond_32_bits() -> None:
     seed = 31
-    words = np.random.MT19937()
-    words.state = torch_state_as_numpy(torch.Generator().manual_seed(seed))
+    words = Words(torch.Generator().manual_seed(seed)).bits
     states, position = [], 0
     for start in [*STARTS, SIZE // 16 * 16]:
         words.random_raw(start - position, output=False)
@@ -38,10 +37,10 @@ def test_beyond_32_bits() -> None:
     before = fastinit.core.kernels.native_fills
     fastinit.uniform_(tensor, -1.0, 1.0, generator)
     for start, state in zip(STARTS, states, strict=True):
-        expected = torch.empty(WIDTH, dtype=BF16).uniform_(-1, 1, generator=at(state))
+        expected = torch.empty(WIDTH, dtype=BF16).uniform_(-1, 1, generator=at_state(state))
         found = tensor[start : start + WIDTH]
         assert torch.equal(bits(found), bits(expected[: len(found)])), start
-    last = at(tail)
+    last = at_state(tail)
     rest = torch.empty(SIZE % 16, dtype=BF16).uniform_(-1, 1, generator=last)
     assert torch.equal(bits(tensor[-(SIZE % 16) :]), bits(rest))
     assert torch.equal(words_of(generator), words_of(last))
@@ -50,10 +49,10 @@ def test_beyond_32_bits() -> None:
     generator.manual_seed(seed)
     fastinit.normal_(tensor, 0.0, 0.02, generator)
     for start, state in zip(STARTS, states, strict=True):
-        expected = torch.empty(WIDTH, dtype=BF16).normal_(0, 0.02, generator=at(state))
+        expected = torch.empty(WIDTH, dtype=BF16).normal_(0, 0.02, generator=at_state(state))
         until = max(0, min(WIDTH, SIZE - 16 - start))
         assert torch.equal(bits(tensor[start : start + until]), bits(expected[:until])), start
-    last = at(tail)
+    last = at_state(tail)
     expected = torch.empty(16, dtype=BF16).normal_(0, 0.02, generator=last)
     assert torch.equal(bits(tensor[-16:]), bits(expected))
     assert torch.equal(words_of(generator), words_of(last))
@@ -68,23 +67,3 @@ def test_beyond_32_bits() -> None:
 def words_of(generator: torch.Generator) -> torch.Tensor:
     """The state without the first 8 bytes, which only remember the seed."""
     return generator.get_state()[8:]
-
-
-def torch_state_as_numpy(generator: torch.Generator) -> dict:
-    """Just seeded: all 624 words are used up."""
-    words = generator.get_state()[24 : 24 + 8 * 624].view(torch.int64).numpy()
-    return {"bit_generator": "MT19937", "state": {"key": words.astype(np.uint32), "pos": 624}}
-
-
-def at(state: dict) -> torch.Generator:
-    """A torch generator at a position of numpy's."""
-    generator = torch.Generator().manual_seed(31)
-    torch.empty(1).uniform_(generator=generator)  # so that `left` and `next` are in use
-    raw = generator.get_state()
-    position = int(state["state"]["pos"])
-    raw[8:12] = torch.tensor([625 - position], dtype=torch.int32).view(torch.uint8)
-    raw[16:24] = torch.tensor([position], dtype=torch.int64).view(torch.uint8)
-    key = torch.from_numpy(state["state"]["key"].astype(np.int64))
-    raw[24 : 24 + 8 * 624] = key.view(torch.uint8)
-    generator.set_state(raw)
-    return generator

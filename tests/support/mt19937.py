@@ -62,3 +62,17 @@ class Words:
         assert bool(valid) == (cached is not None)
         if cached is not None:
             assert sample == pytest.approx(cached, rel=1e-14)
+
+
+def at_state(state: dict) -> torch.Generator:
+    """Return a torch generator at a position of numpy's MT19937."""
+    generator = torch.Generator().manual_seed(31)
+    torch.empty(1).uniform_(generator=generator)  # so that `left` and `next` are in use
+    raw = generator.get_state()
+    position = int(state["state"]["pos"])
+    raw[8:12] = torch.tensor([625 - position], dtype=torch.int32).view(torch.uint8)
+    raw[16:24] = torch.tensor([position], dtype=torch.int64).view(torch.uint8)
+    key = torch.from_numpy(state["state"]["key"].astype(np.int64))
+    raw[24 : 24 + 8 * 624] = key.view(torch.uint8)
+    generator.set_state(raw)
+    return generator
