@@ -30,8 +30,15 @@ FLAGS = (
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 # As the CPU's laws: keyed.cu has to give the same bits.
 OWN_FLAGS = {"keyed.cu": "-fmad=false"}
-CPU_SOURCES = ["module.cpp", "run.cpp", "keyed.cpp", "jump.cpp", "qr.cpp", "targets.cpp"]
-CUDA_SOURCES = ["module.cpp", "fill.cu", "keyed.cu", "qr.cu"]
+CPU_SOURCES = [
+    "module.cpp",
+    "targets.cpp",
+    "fill/run.cpp",
+    "fill/jump.cpp",
+    "keyed/run.cpp",
+    "qr/run.cpp",
+]
+CUDA_SOURCES = ["module.cpp", "fill/fill.cu", "keyed/keyed.cu", "qr/qr.cu"]
 ARCHITECTURES = ("80", "90", "100", "120")  # A100, H100 and H200, B200, RTX 50; PTX for later ones
 NAMES = {"ampere": "8.0;8.6", "ada": "8.9", "hopper": "9.0", "blackwell": "10.0;12.0"}
 
@@ -152,7 +159,7 @@ class NinjaBuild(build_ext):
             link_flags = "-cudart static -Xcompiler -pthread"
         edges, objects = [], []
         for source in map(Path, ext.sources):
-            out = build / (source.name + ".o")
+            out = build / ("-".join(source.parts[2:]) + ".o")
             objects.append(escape(out))
             flags = python if source.name == "module.cpp" else ""
             if source.suffix == ".cu":

@@ -29,8 +29,7 @@ FI_LAW void philox(uint64_t key, W block, W high, uint32_t domain, W* w) {
   w[3] = p0;
 }
 
-// ---- float32
-// -------------------------------------------------------------------------------------
+// ---- float32 --------------------------------------------------------------------------------
 
 // A word as u = (w + 1/2) / 2^32, from the word as a signed number: small u and small 1 - u both
 // have all their digits.
@@ -63,7 +62,8 @@ FI_LAW F minus_two_log(U exponent, F h, F* rest) {
   return sum;
 }
 
-// Two standard normals: Box and Muller (1958).
+// Two standard normals, sqrt(-2 ln u) (cos 2 pi v, sin 2 pi v): Box and Muller (1958). u from word
+// r, v from word a.
 FI_LAW void normals(U r, U a, F* z0, F* z1) {
   const Unit u(r);
   const U exponent = exponent_of(plus_if(u.is_upper, floats(1.0f), u.y));
@@ -172,8 +172,7 @@ struct KeyedTruncated {
   }
 };
 
-// ---- float64
-// -------------------------------------------------------------------------------------
+// ---- float64 --------------------------------------------------------------------------------
 
 struct Unit64 {  // as Unit, of 53 bits and exact
   double y;
@@ -208,6 +207,7 @@ FI_LAW double log_of(double x, double y, bool is_upper, double* lo) {
   return hi;
 }
 
+// As above: sqrt(-2 ln u) (cos 2 pi v, sin 2 pi v), u from r and v from a.
 FI_LAW void normals(uint64_t r, uint64_t a, double* z0, double* z1) {
   const Unit64 u(r);
   double low;

@@ -80,11 +80,11 @@ constexpr bool has_no_hole() {
 #define FI_FIELD(name) ::fastinit::layout::field<decltype(Self::name)>(#name, offsetof(Self, name))
 #define FI_BYTES(name) ::fastinit::layout::as('s', FI_FIELD(name))
 #define FI_UNUSED(name) ::fastinit::layout::as('x', FI_FIELD(name))
-#define FI_LAYOUT(Struct, ...)                                                        \
-  constexpr auto fields_of(const Struct*) {                                           \
-    using Self = Struct;                                                              \
-    return std::array{__VA_ARGS__};                                                   \
-  }                                                                                   \
+#define FI_LAYOUT(Struct, ...)              \
+  constexpr auto fields_of(const Struct*) { \
+    using Self = Struct;                    \
+    return std::array{__VA_ARGS__};         \
+  }                                         \
   static_assert(::fastinit::layout::has_no_hole<Struct>(), "name every field, in order")
 
 // The name of an enumerator, which Python uses, and its code.

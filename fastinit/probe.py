@@ -22,8 +22,8 @@ from fastinit.core import build, geometry, kernels, laws, recording
 from fastinit.core.fill import Fill, gaussian_dtype
 from fastinit.cuda import fills as cuda_fills
 
-# Of csrc/plan.h: 1, multiply and add contracted; 2, the cephes polynomials of ATen's AVX2 kernel;
-# 4, uniform_ of torch 2.11, which keeps what rounds up to its upper bound.
+# Of csrc/fill_desc.h: 1, multiply and add contracted; 2, the cephes polynomials of ATen's AVX2
+# kernel; 4, uniform_ of torch 2.11, which keeps what rounds up to its upper bound.
 FLAVOURS = (3, 1, 0)
 UNIFORM_FLAVOURS = (*FLAVOURS, 7, 5, 4)
 SEED = 0x5EED

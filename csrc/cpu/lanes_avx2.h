@@ -149,7 +149,7 @@ FI_INLINE F if_less(F a, F b, F yes, F no) {
 // Vectors for products.
 template <class T>
 using Wide = typename WideOf<T, 32>::type;
-constexpr int kTile = 4;
+constexpr int kTileRows = 4;
 FI_INLINE Wide<float> wide(float v) { return _mm256_set1_ps(v); }
 FI_INLINE Wide<double> wide(double v) { return _mm256_set1_pd(v); }
 FI_INLINE F mad(F a, F b, F c) { return fma(a, b, c); }

@@ -164,7 +164,7 @@ FI_INLINE F if_less(F a, F b, F yes, F no) {
 // Vectors for products.
 template <class T>
 using Wide = typename WideOf<T, 64>::type;
-constexpr int kTile = 8;
+constexpr int kTileRows = 8;
 FI_INLINE Wide<float> wide(float v) { return _mm512_set1_ps(v); }
 FI_INLINE Wide<double> wide(double v) { return _mm512_set1_pd(v); }
 FI_INLINE F mad(F a, F b, F c) { return fma(a, b, c); }

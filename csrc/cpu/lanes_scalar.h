@@ -158,7 +158,7 @@ FI_INLINE F if_less(F a, F b, F yes, F no) { return a < b ? yes : no; }
 // Vectors of float or double for products; + - * / of the compiler's vector extension besides.
 template <class T>
 using Wide = typename WideOf<T, 16>::type;
-constexpr int kTile = 4;  // rows of a tile of two vectors that the registers hold
+constexpr int kTileRows = 4;  // rows of a tile of two vectors that the registers hold
 FI_INLINE Wide<float> wide(float v) { return Wide<float>{v, v, v, v}; }
 FI_INLINE Wide<double> wide(double v) { return Wide<double>{v, v}; }
 template <class T>

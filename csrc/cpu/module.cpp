@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu.h"
+#include "surface.h"
 
 namespace py = pybind11;
 
@@ -45,8 +45,20 @@ std::vector<Desc> unpack(const py::bytes& packed) {
   return all;
 }
 
-void run(const py::bytes& packed, const std::vector<uint64_t>& states,
-         const std::vector<uint64_t>& words_drawn, int threads) {
+// Runs what gives false or 0 if it was interrupted: then a signal handler has raised.
+template <class Work>
+auto unlocked(const Work& work) {
+  decltype(work()) done;
+  {
+    py::gil_scoped_release unlocked;
+    done = work();
+  }
+  if (!done) throw py::error_already_set();
+  return done;
+}
+
+void run_fills(const py::bytes& packed, const std::vector<uint64_t>& states,
+               const std::vector<uint64_t>& words_drawn, int threads) {
   const std::vector<FillDesc> fills = unpack<FillDesc>(packed);
   std::vector<Source> sources(states.size());
   for (size_t i = 0; i < states.size(); ++i) {
@@ -56,33 +68,26 @@ void run(const py::bytes& packed, const std::vector<uint64_t>& states,
     if (d.source >= static_cast<int64_t>(sources.size())) throw py::value_error("no such source");
   }
   const Target& target = active_target();
-  bool done;
-  {
-    py::gil_scoped_release unlocked;
-    done = run_fills(target, fills.data(), static_cast<int64_t>(fills.size()), sources.data(),
-                     static_cast<int64_t>(sources.size()), control_of(threads));
-  }
-  if (!done) throw py::error_already_set();
+  unlocked([&] {
+    return run_fill(target, fills.data(), static_cast<int64_t>(fills.size()), sources.data(),
+                    static_cast<int64_t>(sources.size()), control_of(threads));
+  });
 }
 
 uint64_t run_truncated(const py::bytes& packed, uint64_t state, int threads) {
   const std::vector<FillDesc> fills = unpack<FillDesc>(packed);
   if (fills.size() != 1) throw py::value_error("one fill expected");
   const Target& target = active_target();
-  uint64_t rounds;
-  {
-    py::gil_scoped_release unlocked;
-    rounds = run_trunc(target, fills[0], reinterpret_cast<TorchState*>(state), control_of(threads));
-  }
-  if (rounds == 0) throw py::error_already_set();
-  return rounds;
+  return unlocked([&] {
+    return run_trunc(target, fills[0], reinterpret_cast<TorchState*>(state), control_of(threads));
+  });
 }
 
 // `written` gets one byte per matrix. Not all are if a signal handler raises.
-void orthonormalize_all(const py::bytes& packed, const py::buffer& written, int threads) {
+void run_matrices(const py::bytes& packed, const py::buffer& written, int threads) {
   const py::buffer_info done = written.request(true);
-  std::vector<MatrixDesc> matrices;
-  for (MatrixDesc d : unpack<MatrixDesc>(packed)) {
+  std::vector<QrDesc> matrices;
+  for (QrDesc d : unpack<QrDesc>(packed)) {
     const uint64_t items = static_cast<uint64_t>(d.rows) * static_cast<uint64_t>(d.cols);
     const uint64_t given = static_cast<uint64_t>(Shape(d).given(d.direct));
     for (int64_t left = std::exchange(d.count, 1); left > 0; --left) {
@@ -95,27 +100,21 @@ void orthonormalize_all(const py::bytes& packed, const py::buffer& written, int 
     throw py::value_error("one byte per matrix expected");
   }
   const Target& target = active_target();
-  bool all;
-  {
-    py::gil_scoped_release unlocked;
-    all = orthonormalize(target, matrices.data(), static_cast<int64_t>(matrices.size()),
-                         static_cast<char*>(done.ptr), control_of(threads));
-  }
-  if (!all) throw py::error_already_set();
+  unlocked([&] {
+    return run_qr(target, matrices.data(), static_cast<int64_t>(matrices.size()),
+                  static_cast<char*>(done.ptr), control_of(threads));
+  });
 }
 
-void fill_keyed(const py::bytes& packed, int threads) {
-  const std::vector<KeyedFill> fills = unpack<KeyedFill>(packed);
-  for (const KeyedFill& d : fills) {
+void run_keyed_fills(const py::bytes& packed, int threads) {
+  const std::vector<KeyedDesc> fills = unpack<KeyedDesc>(packed);
+  for (const KeyedDesc& d : fills) {
     if (d.rank < 1 || d.rank > kMostDims) throw py::value_error("not a packed plan");
   }
   const Target& target = active_target();
-  bool done;
-  {
-    py::gil_scoped_release unlocked;
-    done = run_keyed(target, fills.data(), static_cast<int64_t>(fills.size()), control_of(threads));
-  }
-  if (!done) throw py::error_already_set();
+  unlocked([&] {
+    return run_keyed(target, fills.data(), static_cast<int64_t>(fills.size()), control_of(threads));
+  });
 }
 
 void copy_advanced(uint64_t from, uint64_t to, uint64_t words) {
@@ -149,25 +148,25 @@ PYBIND11_MODULE(_cpu, m) {
   layouts["strided"] = layout_of<Strided>();
   layouts["diagonal"] = layout_of<Diagonal>();
   layouts["sparse"] = layout_of<Sparse>();
-  layouts["keyed"] = layout_of<KeyedFill>();
+  layouts["keyed"] = layout_of<KeyedDesc>();
   layouts["keyed_dim"] = layout_of<KeyedDim>();
-  layouts["qr"] = layout_of<MatrixDesc>();
+  layouts["qr"] = layout_of<QrDesc>();
   m.attr("LAYOUTS") = layouts;
   for (const Code& c : kDtypes) dtypes[c.name] = c.code;
   m.attr("DTYPES") = dtypes;
   for (const Code& c : kOps) ops[c.name] = c.code;
   m.attr("OPS") = ops;
   m.attr("FILL_SIZE") = sizeof(FillDesc);
-  m.attr("MATRIX_SIZE") = sizeof(MatrixDesc);
-  m.attr("KEYED_SIZE") = sizeof(KeyedFill);
+  m.attr("MATRIX_SIZE") = sizeof(QrDesc);
+  m.attr("KEYED_SIZE") = sizeof(KeyedDesc);
   m.attr("STATE_SIZE") = sizeof(TorchState);
   m.attr("COMPILER") = FASTINIT_COMPILER;
-  m.def("run", &run, py::arg("fills"), py::arg("states"), py::arg("words_drawn"),
+  m.def("run", &run_fills, py::arg("fills"), py::arg("states"), py::arg("words_drawn"),
         py::arg("threads"));
   m.def("run_trunc", &run_truncated, py::arg("fill"), py::arg("state"), py::arg("threads"));
-  m.def("orthonormalize", &orthonormalize_all, py::arg("matrices"), py::arg("written"),
+  m.def("orthonormalize", &run_matrices, py::arg("matrices"), py::arg("written"),
         py::arg("threads"));
-  m.def("run_keyed", &fill_keyed, py::arg("fills"), py::arg("threads"));
+  m.def("run_keyed", &run_keyed_fills, py::arg("fills"), py::arg("threads"));
   m.def("advance", &copy_advanced, py::arg("state"), py::arg("to"), py::arg("words"));
   m.def("jumps", &jumps_made);
   m.def("targets", &list_targets);

@@ -10,30 +10,22 @@
 #include <type_traits>
 #include <utility>
 
-#include "../keyed.h"
-#include "cpu.h"
+#include "../keyed_desc.h"
+#include "surface.h"
 #include "lanes_scalar.h"
 #ifdef FI_X86
 #include "lanes_avx2.h"
 #include "lanes_avx512.h"
 #endif
 
-#define FI_LAW FI_INLINE  // laws.inl.h
+#define FI_LAW FI_INLINE  // dtypes.inl.h, laws.inl.h
 
 // Everything per target lives in an unnamed namespace: no inline function of one target may be
 // merged with its namesake of another.
 namespace fastinit {
 namespace scalar {
 namespace {
-#include "mt19937.inl.h"
-#include "torch_dist.inl.h"
-#include "fill.inl.h"
-#include "trunc.inl.h"
-#include "stripes.inl.h"
-#include "qr.inl.h"
-#include "doubles.inl.h"
-#include "../laws.inl.h"
-#include "keyed.inl.h"
+#include "bodies.inl.h"
 }  // namespace
 }  // namespace scalar
 
@@ -41,15 +33,7 @@ namespace {
 FI_BEGIN_TARGET("avx2,fma,f16c")
 namespace avx2 {
 namespace {
-#include "mt19937.inl.h"
-#include "torch_dist.inl.h"
-#include "fill.inl.h"
-#include "trunc.inl.h"
-#include "stripes.inl.h"
-#include "qr.inl.h"
-#include "doubles.inl.h"
-#include "../laws.inl.h"
-#include "keyed.inl.h"
+#include "bodies.inl.h"
 }  // namespace
 }  // namespace avx2
 FI_END_TARGET
@@ -57,15 +41,7 @@ FI_END_TARGET
 FI_BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl")
 namespace avx512 {
 namespace {
-#include "mt19937.inl.h"
-#include "torch_dist.inl.h"
-#include "fill.inl.h"
-#include "trunc.inl.h"
-#include "stripes.inl.h"
-#include "qr.inl.h"
-#include "doubles.inl.h"
-#include "../laws.inl.h"
-#include "keyed.inl.h"
+#include "bodies.inl.h"
 }  // namespace
 }  // namespace avx512
 FI_END_TARGET
@@ -83,16 +59,16 @@ bool has_avx512() {
 }
 #endif
 
+#define FI_TARGET(name, supported) \
+  {#name, supported, name::skip, name::jump, name::fill, name::trunc, name::qr, name::keyed}
+
 // The one table: best first, name, required features and functions in the same row.
 const Target kTargets[] = {
 #ifdef FI_X86
-    {"avx512", has_avx512, avx512::skip, avx512::jump, avx512::fill, avx512::trunc_round,
-     avx512::orthonormalize, avx512::fill_keyed},
-    {"avx2", has_avx2, avx2::skip, avx2::jump, avx2::fill, avx2::trunc_round, avx2::orthonormalize,
-     avx2::fill_keyed},
+    FI_TARGET(avx512, has_avx512),
+    FI_TARGET(avx2, has_avx2),
 #endif
-    {"scalar", [] { return true; }, scalar::skip, scalar::jump, scalar::fill, scalar::trunc_round,
-     scalar::orthonormalize, scalar::fill_keyed},
+    FI_TARGET(scalar, [] { return true; }),
 };
 
 }  // namespace

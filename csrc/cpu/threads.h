@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu.h"
+#include "surface.h"
 
 namespace fastinit {
 

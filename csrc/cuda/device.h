@@ -2,9 +2,9 @@
 // What the compiled kernels offer to the module.
 #pragma once
 
-#include "keyed_launch.h"
-#include "launch.h"
-#include "qr.h"
+#include "keyed/launch.h"
+#include "fill/launch.h"
+#include "qr/launch.h"
 
 namespace fastinit {
 namespace cuda {
@@ -15,14 +15,14 @@ struct Status {
 };
 
 // Starts the kernel on a stream of a device, which has to be current, and does not wait for it.
-Status launch(const Arguments& args, int device, uint64_t stream);
+Status launch_fill(const FillArguments& args, int device, uint64_t stream);
 
 // Starts the kernel of the keyed stream, likewise.
 Status launch_keyed(const KeyedArguments& args, int device, uint64_t stream);
 
 // Starts a step towards orthonormal columns, likewise.
-Status orthonormalize(QrStep step, const QrArguments& args, const QrGrid& grid, int device,
-                      uint64_t stream);
+Status launch_qr(QrStep step, const QrArguments& args, const QrGrid& grid, int device,
+                 uint64_t stream);
 
 // Bytes of shared memory that a block can ask for.
 Status most_shared(int device, int* bytes);

@@ -23,6 +23,20 @@ __device__ uint32_t find(const Fill* fills, uint32_t count, uint32_t tile) {
   return begin;
 }
 
+// Copies the fill that a tile is of into shared memory, for all lanes of a block.
+template <uint32_t kThreads, class Args, class Fill>
+__device__ void load_fill(const Args& args, uint32_t tile, Fill* to) {
+  const Fill* const fills =
+      args.table != 0 ? reinterpret_cast<const Fill*>(args.table) : args.inlined;
+  const uint64_t* const from =
+      reinterpret_cast<const uint64_t*>(fills + find<kThreads>(fills, args.fills, tile));
+  __syncthreads();  // all lanes are done with the fill before
+  if (threadIdx.x < sizeof(Fill) / 8) {
+    reinterpret_cast<uint64_t*>(to)[threadIdx.x] = from[threadIdx.x];
+  }
+  __syncthreads();
+}
+
 template <class Args>
 int resident_blocks(void (*kernel)(Args), int threads, int device, cudaError_t* error) {
   int per_processor = 0, processors = 0;

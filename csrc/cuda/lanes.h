@@ -7,8 +7,6 @@
 
 #include "target.h"
 
-#define FI_LAW FI_FN
-
 namespace fastinit {
 namespace cuda {
 namespace keyed {
@@ -19,8 +17,6 @@ using W = uint64_t;  // of which the upper half mostly does not count, and costs
 
 FI_FN U words(uint32_t v) { return v; }
 FI_FN F floats(float v) { return v; }
-FI_FN U bits(F v) { return bits_of(v); }
-FI_FN F view(U u) { return float_of(u); }
 
 template <int n>
 FI_FN U shl(U v) {
@@ -37,9 +33,7 @@ FI_FN W mix(W a, W b, uint32_t key) {
   return static_cast<uint32_t>(a) ^ static_cast<uint32_t>(b) ^ key;
 }
 
-FI_FN F mul(F a, F b) { return cuda::mul(a, b); }
-FI_FN F plus(F a, F b) { return cuda::add(a, b); }
-FI_FN F minus(F a, F b) { return cuda::add(a, -b); }
+FI_FN F minus(F a, F b) { return plus(a, -b); }
 FI_FN F flip(F v, U by) { return view(bits(v) ^ (by & 0x80000000)); }  // its sign, if by's is set
 using M = U;  // not 0: nvcc 13.0 makes fewer instructions of it than of bool
 template <int n>
@@ -48,9 +42,7 @@ FI_FN M bit(U v) {
 }
 FI_FN F either(M m, F yes, F no) { return m == 0 ? no : yes; }
 FI_FN F plus_if(M m, F a, F b) { return m == 0 ? b : plus(a, b); }
-FI_FN F fma(F a, F b, F c) { return fma_of(a, b, c); }    //  a * b + c
-FI_FN F fnma(F a, F b, F c) { return fma_of(-a, b, c); }  // -a * b + c
-FI_FN double fma(double a, double b, double c) { return fma_of(a, b, c); }
+FI_FN F fnma(F a, F b, F c) { return fma(-a, b, c); }  // -a * b + c
 FI_FN double root(double v) { return sqrt_of(v); }
 FI_FN double to_double_signed(int64_t v) { return static_cast<double>(v); }
 FI_FN double to_double(uint64_t v) { return to_double_signed(static_cast<int64_t>(v)); }
@@ -77,8 +69,6 @@ FI_FN F quotient(F a, F b) {
   const float near = __fmul_rn(a, y);
   return __fmaf_rn(y, __fmaf_rn(-b, near, a), near);
 }
-FI_FN uint64_t bits64(double v) { return static_cast<uint64_t>(__double_as_longlong(v)); }
-FI_FN double view64(uint64_t u) { return __longlong_as_double(static_cast<long long>(u)); }
 // Two elements of 16 bits, the first one below: one instruction.
 FI_FN uint32_t pair_bf16(F x, F y) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
@@ -88,25 +78,6 @@ FI_FN uint32_t pair_f16(F x, F y) {
   const __half2 both = __floats2half2_rn(x, y);
   return static_cast<uint32_t>(__half_as_ushort(both.y)) << 16 | __half_as_ushort(both.x);
 }
-
-#else
-
-FI_FN F root(F v) { return std::sqrt(v); }
-FI_FN F quotient(F a, F b) { return a / b; }
-FI_FN uint64_t bits64(double v) {
-  uint64_t u;
-  memcpy(&u, &v, sizeof u);
-  return u;
-}
-FI_FN double view64(uint64_t u) {
-  double v;
-  memcpy(&v, &u, sizeof v);
-  return v;
-}
-FI_FN uint32_t pair_bf16(F x, F y) {
-  return static_cast<uint32_t>(code_bf16(y)) << 16 | code_bf16(x);
-}
-FI_FN uint32_t pair_f16(F x, F y) { return static_cast<uint32_t>(code_f16(y)) << 16 | code_f16(x); }
 
 #endif
 

@@ -14,12 +14,23 @@ namespace fastinit {
 namespace cuda {
 namespace {
 
+// Does what CUDA has a status of, which is raised if it is an error.
+template <class Work>
+void unlocked(const Work& work) {
+  Status status;
+  {
+    py::gil_scoped_release unlocked;
+    status = work();
+  }
+  if (status.code != 0) throw std::runtime_error(std::string("fastinit: CUDA: ") + status.message);
+}
+
 void run(const py::bytes& fills, uint64_t table, uint32_t count, uint32_t tiles,
          const py::bytes& sources, uint64_t progress, int device, uint64_t stream) {
   const std::string_view inlined = fills, from = sources;
-  Arguments args = {};
+  FillArguments args = {};
   if (inlined.size() > sizeof args.inlined || from.size() > sizeof args.sources ||
-      (table == 0 && inlined.size() != count * sizeof(Fill))) {
+      (table == 0 && inlined.size() != count * sizeof(FillTiles))) {
     throw py::value_error("not a packed launch");
   }
   args.table = table;
@@ -28,12 +39,7 @@ void run(const py::bytes& fills, uint64_t table, uint32_t count, uint32_t tiles,
   args.tiles = tiles;
   memcpy(args.inlined, inlined.data(), inlined.size());
   memcpy(args.sources, from.data(), from.size());
-  Status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = launch(args, device, stream);
-  }
-  if (status.code != 0) throw std::runtime_error(std::string("fastinit: CUDA: ") + status.message);
+  unlocked([&] { return launch_fill(args, device, stream); });
 }
 
 void run_keyed(const py::bytes& fills, uint64_t table, uint32_t count, uint32_t tiles, int device,
@@ -48,12 +54,7 @@ void run_keyed(const py::bytes& fills, uint64_t table, uint32_t count, uint32_t 
   args.fills = count;
   args.tiles = tiles;
   memcpy(args.inlined, inlined.data(), inlined.size());
-  Status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = launch_keyed(args, device, stream);
-  }
-  if (status.code != 0) throw std::runtime_error(std::string("fastinit: CUDA: ") + status.message);
+  unlocked([&] { return launch_keyed(args, device, stream); });
 }
 
 void run_qr(uint32_t step, const py::bytes& packed, uint32_t x, uint32_t y, uint32_t threads,
@@ -64,19 +65,14 @@ void run_qr(uint32_t step, const py::bytes& packed, uint32_t x, uint32_t y, uint
     throw py::value_error("not a packed launch");
   }
   memcpy(&args, from.data(), from.size());
-  Status status;
-  {
-    py::gil_scoped_release unlocked;
-    status =
-        orthonormalize(static_cast<QrStep>(step), args, {x, y, threads, shared}, device, stream);
-  }
-  if (status.code != 0) throw std::runtime_error(std::string("fastinit: CUDA: ") + status.message);
+  unlocked([&] {
+    return launch_qr(static_cast<QrStep>(step), args, {x, y, threads, shared}, device, stream);
+  });
 }
 
 int shared_of(int device) {
   int bytes = 0;
-  const Status status = most_shared(device, &bytes);
-  if (status.code != 0) throw std::runtime_error(std::string("fastinit: CUDA: ") + status.message);
+  unlocked([&] { return most_shared(device, &bytes); });
   return bytes;
 }
 
@@ -93,13 +89,13 @@ PYBIND11_MODULE(_cuda, m) {
   using namespace fastinit::cuda;
   m.doc() = "Fills of GPU memory with torch's numbers. Addresses are the caller's responsibility.";
   py::dict layouts, dtypes, ops, steps;
-  layouts["fill"] = fastinit::layout_of<Fill>();
-  layouts["strided"] = fastinit::layout_of<Strided>();
-  layouts["diagonal"] = fastinit::layout_of<Diagonal>();
-  layouts["source"] = fastinit::layout_of<Source>();
+  layouts["fill"] = fastinit::layout_of<FillTiles>();
+  layouts["strided"] = fastinit::layout_of<Strided32>();
+  layouts["diagonal"] = fastinit::layout_of<Diagonal32>();
+  layouts["source"] = fastinit::layout_of<PhiloxSource>();
   layouts["slot"] = fastinit::layout_of<Slot>();
-  layouts["fill_arguments"] = fastinit::layout_of<Arguments>();
-  layouts["keyed"] = fastinit::layout_of<fastinit::KeyedFill>();
+  layouts["fill_arguments"] = fastinit::layout_of<FillArguments>();
+  layouts["keyed"] = fastinit::layout_of<fastinit::KeyedDesc>();
   layouts["keyed_dim"] = fastinit::layout_of<fastinit::KeyedDim>();
   layouts["keyed_tiles"] = fastinit::layout_of<KeyedTiles>();
   layouts["keyed_axis"] = fastinit::layout_of<KeyedAxis>();
@@ -113,16 +109,16 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("OPS") = ops;
   for (const fastinit::Code& c : kQrSteps) steps[c.name] = c.code;
   m.attr("STEPS") = steps;
-  m.attr("FILL_SIZE") = sizeof(Fill);
+  m.attr("FILL_SIZE") = sizeof(FillTiles);
   m.attr("SLOT_SIZE") = sizeof(Slot);
-  m.attr("MOST_INLINED") = kMostInlined;
+  m.attr("MOST_INLINED") = kMostFillsInlined;
   m.attr("MOST_SOURCES") = kMostSources;
   m.attr("COMPILER") = FASTINIT_NVCC;
   m.attr("ARCHITECTURES") = FASTINIT_ARCHITECTURES;
   m.def("run", &run, pybind11::arg("fills"), pybind11::arg("table"), pybind11::arg("count"),
         pybind11::arg("tiles"), pybind11::arg("sources"), pybind11::arg("progress"),
         pybind11::arg("device"), pybind11::arg("stream"));
-  m.attr("KEYED_SIZE") = sizeof(fastinit::KeyedFill);
+  m.attr("KEYED_SIZE") = sizeof(fastinit::KeyedDesc);
   m.attr("KEYED_TILES_SIZE") = sizeof(KeyedTiles);
   m.attr("MOST_KEYED_INLINED") = kMostKeyedInlined;
   m.def("run_keyed", &run_keyed, pybind11::arg("fills"), pybind11::arg("table"),

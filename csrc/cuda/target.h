@@ -6,15 +6,16 @@
 
 #include <cstdint>
 
+#include "../fill_desc.h"
+
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define FI_FN __device__ __forceinline__
 #else
-#include <cmath>
-#include <cstring>
 #define FI_FN inline
 #endif
+#define FI_LAW FI_FN
 
 namespace fastinit {
 namespace cuda {
@@ -28,10 +29,10 @@ struct alignas(16) Pack {  // one store
 // `a * b` alone is never merged with an addition; where torch's compiler did so, the law says fma.
 FI_FN float mul(float a, float b) { return __fmul_rn(a, b); }
 FI_FN double mul(double a, double b) { return __dmul_rn(a, b); }
-FI_FN float add(float a, float b) { return __fadd_rn(a, b); }
-FI_FN double add(double a, double b) { return __dadd_rn(a, b); }
-FI_FN float fma_of(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-FI_FN double fma_of(double a, double b, double c) { return __fma_rn(a, b, c); }
+FI_FN float plus(float a, float b) { return __fadd_rn(a, b); }
+FI_FN double plus(double a, double b) { return __dadd_rn(a, b); }
+FI_FN float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+FI_FN double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
 FI_FN double log_of(double x) { return log(x); }
 // What nvcc makes of an IEEE square root, without the way out for arguments below 2^-100.
 FI_FN float sqrt_of(float x) {
@@ -59,7 +60,10 @@ FI_FN uint16_t code_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16
 FI_FN uint16_t code_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
 FI_FN float value_bf16(uint16_t x) { return __bfloat162float(__ushort_as_bfloat16(x)); }
 FI_FN float value_f16(uint16_t x) { return __half2float(__ushort_as_half(x)); }
-FI_FN uint32_t bits_of(float x) { return __float_as_uint(x); }
+FI_FN uint32_t bits(float x) { return __float_as_uint(x); }
+FI_FN float view(uint32_t u) { return __uint_as_float(u); }
+FI_FN uint64_t bits64(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
+FI_FN double view64(uint64_t u) { return __longlong_as_double(static_cast<long long>(u)); }
 
 // Addresses come as numbers, so the compiler does not see that they are of global memory.
 FI_FN void store(uint64_t to, const Pack& pack) {
@@ -77,81 +81,46 @@ FI_FN void store(uint64_t to, float x) {
 FI_FN void store(uint64_t to, uint16_t x) {
   asm volatile("st.global.b16 [%0], %1;" : : "l"(to), "h"(x) : "memory");
 }
-FI_FN float float_of(uint32_t x) { return __uint_as_float(x); }
-
-#else
-
-inline float mul(float a, float b) { return a * b; }
-inline double mul(double a, double b) { return a * b; }
-inline float add(float a, float b) { return a + b; }
-inline double add(double a, double b) { return a + b; }
-inline float fma_of(float a, float b, float c) { return std::fma(a, b, c); }
-inline double fma_of(double a, double b, double c) { return std::fma(a, b, c); }
-inline double log_of(double x) { return std::log(x); }
-inline float sqrt_of(float x) { return std::sqrt(x); }
-inline double sqrt_of(double x) { return std::sqrt(x); }
-inline void sincos_fast(float x, float* s, float* c) { *s = std::sin(x), *c = std::cos(x); }
-inline void sincospi_of(double x, double* s, double* c) {
-  *s = std::sin(M_PI * x), *c = std::cos(M_PI * x);
-}
-inline double erfinv_of(double x) {  // Newton's method on erfc, from Winitzki's approximation
-  const double rest = 1 - std::fabs(x);
-  if (rest <= 0) return x * INFINITY;
-  const double w = std::log(rest * (2 - rest)), t = 2 / (M_PI * 0.147) + w / 2;
-  double y = std::sqrt(std::sqrt(t * t - w / 0.147) - t);
-  for (int i = 0; i < 4; ++i) y += (std::erfc(y) - rest) * std::sqrt(M_PI) / 2 * std::exp(y * y);
-  return std::copysign(y, x);
-}
-inline float erfinv_of(float x) { return static_cast<float>(erfinv_of(static_cast<double>(x))); }
-inline uint64_t mul_wide(uint32_t a, uint32_t b) { return uint64_t{a} * b; }
-inline float to_float(uint32_t x) { return static_cast<float>(x); }
-inline float to_float(int32_t x) { return static_cast<float>(x); }
-inline double to_double(uint64_t x) { return static_cast<double>(x); }
-
-inline uint32_t bits_of(float x) {
-  uint32_t u;
-  memcpy(&u, &x, sizeof u);
-  return u;
-}
-inline float float_of(uint32_t x) {
-  float f;
-  memcpy(&f, &x, sizeof f);
-  return f;
-}
-inline float value_bf16(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
-inline uint16_t code_bf16(float x) {
-  const uint32_t u = bits_of(x);
-  return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-inline float value_f16(uint16_t x) {
-  const int exponent = x >> 10 & 31, fraction = x & 1023;
-  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                          : exponent == 31
-                              ? INFINITY
-                              : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
-  return x >> 15 ? -magnitude : magnitude;
-}
-inline uint16_t code_f16(float x) {
-  const uint16_t sign = static_cast<uint16_t>(bits_of(x) >> 16 & 0x8000);
-  const float magnitude = std::fabs(x);
-  if (magnitude == 0) return sign;
-  if (magnitude >= 65520) return sign | 0x7c00;
-  int exponent;
-  std::frexp(magnitude, &exponent);                         // magnitude = 0.1... * 2^exponent
-  const int unit = (exponent < -13 ? -13 : exponent) - 11;  // of the last place
-  const int places = static_cast<int>(std::nearbyint(std::ldexp(magnitude, -unit)));
-  const int code = exponent < -13 ? places : (unit + 24) * 1024 + places;
-  return sign | static_cast<uint16_t>(code);
-}
-void written(uint64_t address, uint64_t bytes);  // the tests count stores
-
-template <class T>
-void store(uint64_t to, const T& x) {
-  written(to, sizeof x);
-  memcpy(reinterpret_cast<void*>(to), &x, sizeof x);
-}
-
 #endif
+
+}  // namespace cuda
+}  // namespace fastinit
+
+#if !defined(__CUDACC__)
+#include "host.h"
+#endif
+
+namespace fastinit {
+namespace cuda {
+#include "../dtypes.inl.h"
+
+// How a dtype is stored (T) and computed with (A).
+template <class X>
+struct Same {
+  using T = X;
+  using A = X;
+  static FI_FN T code(A x) { return x; }
+  static FI_FN A value(T x) { return x; }
+};
+
+template <uint16_t (*encode)(float), float (*decode)(uint16_t)>
+struct Coded {
+  using T = uint16_t;
+  using A = float;
+  static FI_FN T code(A x) { return encode(x); }
+  static FI_FN A value(T x) { return decode(x); }
+};
+
+template <Dtype dtype>
+struct Element;
+template <>
+struct Element<Dtype::f32> : Same<float> {};
+template <>
+struct Element<Dtype::f64> : Same<double> {};
+template <>
+struct Element<Dtype::bf16> : Coded<code_bf16, value_bf16> {};
+template <>
+struct Element<Dtype::f16> : Coded<code_f16, value_f16> {};
 
 }  // namespace cuda
 }  // namespace fastinit

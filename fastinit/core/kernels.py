@@ -40,8 +40,9 @@ def agree(module: ModuleType | None, name: str, mine: object, theirs: object) ->
     """Refuse a module that was built from other sources: it would write wrong bytes."""
     if module is not None and theirs != mine:
         raise ImportError(
-            f"{module.__file__} was built from other sources than this copy of fastinit: {name} is "
-            f"{theirs}, not {mine}. Build it again: run `pip install .` in the source folder."
+            f"{module.__file__} was built from other sources than this copy of fastinit: its "
+            f"{name} is {theirs}, not {mine}. Build it again: run `pip install .` in the source "
+            "folder."
         )
 
 
@@ -57,8 +58,8 @@ def packer(module: ModuleType | None, name: str, fields: str) -> struct.Struct:
 # The code of each dtype and operator in descriptors.
 DTYPES: dict[str, int] = getattr(_cpu, "DTYPES", {})
 OPS: dict[str, int] = getattr(_cpu, "OPS", {})
-for _module in (_cpu, _cuda):  # an old one may have none
-    agree(_module, "DTYPES", DTYPES or "known", getattr(_module, "DTYPES", None))
+for _module in (_cpu, _cuda):  # an old one has none
+    agree(_module, "DTYPES", DTYPES, getattr(_module, "DTYPES", None))
     agree(_module, "OPS", OPS, getattr(_module, "OPS", None))
 
 

@@ -16,7 +16,7 @@ import torch
 
 from fastinit.core import kernels
 
-STATE_SIZE = 5056  # bytes of get_state(); csrc/plan.h has the layout
+STATE_SIZE = 5056  # bytes of get_state(); csrc/fill_desc.h has the layout
 _NORMAL_IS_VALID = 5040  # offset of the flag of the cached normal
 _ATTEMPTS = 8
 _SEEDS = (1 << 64) - 1

@@ -2,7 +2,7 @@
 """Fills from the keyed stream on GPUs: units and tiles, packed descriptors, launches.
 
 The numbers are those of the CPU, bit by bit, but for orthogonal matrices, which are sums in another
-order. csrc/cuda/keyed_launch.h has the contract.
+order. csrc/cuda/keyed/launch.h has the contract.
 """
 
 from __future__ import annotations

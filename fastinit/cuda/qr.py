@@ -3,8 +3,8 @@
 
 What fits into the shared memory of a block is a launch, or a few, whatever the shapes. Larger
 matrices are grouped by shape: reflectors by panels (I - V T V', Schreiber and Van Loan 1989), each
-panel of all matrices in one launch, and products, which are cuBLAS's, between them. csrc/cuda/qr.h
-has the contract.
+panel of all matrices in one launch, and products, which are cuBLAS's, between them.
+csrc/cuda/qr/launch.h has the contract.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _threads(m: int, n: int, size: int) -> int:
     """
     if n <= 16 and m <= 64:
         return 64
-    lanes = 16 if size == 8 else 32  # Medium of csrc/cuda/qr_small.h
+    lanes = 16 if size == 8 else 32  # Medium of csrc/cuda/qr/small.h
     wanted = lanes * -(-n // 4) * -(-m // 256)
     return next((threads for threads in (256, 512) if threads >= wanted), 32 * lanes)
 

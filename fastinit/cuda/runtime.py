@@ -98,5 +98,5 @@ def shared(device: int) -> int:
 def run_qr(
     step: int, packed: bytes, grid: tuple[int, int], threads: int, shared: int, device: int
 ) -> None:
-    """Launch one step towards orthonormal columns on the current stream; see csrc/cuda/qr.h."""
+    """Launch one step towards orthonormal columns on the current stream: csrc/cuda/qr/launch.h."""
     _launch(kernels._cuda.run_qr, device, step, packed, *grid, threads, shared)

@@ -139,9 +139,22 @@ def test_kernels_know_no_framework(path: Path) -> None:
         assert not name.startswith(("torch/", "ATen/", "c10/")), name
         if path.name != "module.cpp":
             assert not name.startswith(("pybind11/", "Python")), name
-        if path.name.endswith(".inl.h"):
+        if path.name.endswith(".inl.h") and path.name != "bodies.inl.h":
             raise AssertionError(f"a body compiled per target includes {name}")
         other = (path.parent / name).resolve()
         if other.exists() and CSRC in other.parents:
             there = other.relative_to(CSRC).parts[0]
             assert {here, there} != {"cpu", "cuda"}, name
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda p: "/".join(p.parts[-3:]))
+def test_families_do_not_see_each_other(path: Path) -> None:
+    """What lies in a folder of csrc/cpu or csrc/cuda includes that folder and what is above it."""
+    here = path.relative_to(CSRC).parts[:-1]
+    if len(here) < 2:
+        return
+    for name in includes(path):
+        other = (path.parent / name).resolve()
+        if other.exists() and CSRC in other.parents:
+            there = other.relative_to(CSRC).parts[:-1]
+            assert there == here[: len(there)], name

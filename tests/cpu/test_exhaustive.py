@@ -49,7 +49,7 @@ def test_all_radii_and_angles(step: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_octants_are_a_shift() -> None:
-    """In torch's float32 operations, for all angles: see sin_cos in csrc/cpu/torch_dist.inl.h."""
+    """In torch's float32 operations, for all angles: see sin_cos in torch_dist.inl.h."""
     k = np.arange(1 << 24, dtype=np.uint32)
     u = k.astype(np.float32) * np.float32(2.0**-24)
     theta = u * np.float32(6.283185307179586)

@@ -22,7 +22,7 @@ from fastinit.cuda.qr import Job, orthonormalize
 from tests.support.compare import BF16, F16, F32, F64
 from tests.support.cuda_qr_host import HOPPER, RTX, Simulation, simulated, walker
 
-KERNELS = Path(__file__).parents[2] / "csrc" / "cuda" / "qr.cu"
+KERNELS = Path(__file__).parents[2] / "csrc" / "cuda" / "qr" / "qr.cu"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 LITTLE = 36000  # bytes of shared memory, so that small matrices go the large way
 

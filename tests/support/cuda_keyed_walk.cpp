@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../../csrc/cuda/keyed.h"
+#include "../../csrc/cuda/keyed/units.h"
 
 namespace {
 
@@ -44,8 +44,8 @@ void forget() { watched.clear(), strays = 0, vectors = 0; }
 uint64_t count_strays() { return strays; }
 uint64_t count_vectors() { return vectors; }
 
-// As keyed_kernel of csrc/cuda/keyed.cu, by `blocks` blocks, which come in turn. `backwards`: tiles
-// in the other order, which must not matter. 1: a tile is of no fill.
+// As keyed_kernel of csrc/cuda/keyed/keyed.cu, by `blocks` blocks, which come in turn. `backwards`:
+// tiles in the other order, which must not matter. 1: a tile is of no fill.
 int walk_keyed(const fastinit::cuda::KeyedTiles* fills, uint32_t count, uint32_t tiles,
                uint32_t blocks, int backwards) {
   using namespace fastinit::cuda;
@@ -72,7 +72,7 @@ int walk_keyed(const fastinit::cuda::KeyedTiles* fills, uint32_t count, uint32_t
   return 0;
 }
 
-int size_of_fill() { return sizeof(fastinit::KeyedFill); }
+int size_of_fill() { return sizeof(fastinit::KeyedDesc); }
 int size_of_tiles() { return sizeof(fastinit::cuda::KeyedTiles); }
 int most_inlined() { return fastinit::cuda::kMostKeyedInlined; }
 }

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../../csrc/cuda/qr_large.h"
+#include "../../csrc/cuda/qr/large.h"
 
 using namespace fastinit::cuda;
 
@@ -43,8 +43,8 @@ void fastinit::cuda::written(uint64_t, uint64_t bytes) { bytes_stored += bytes; 
 
 extern "C" {
 
-// As csrc/cuda/qr.cu launches it. Blocks come in the threads' order, which see Block. 1: something
-// was written behind the shared memory that was asked for.
+// As csrc/cuda/qr/qr.cu launches it. Blocks come in the threads' order, which see Block. 1:
+// something was written behind the shared memory that was asked for.
 int walk_qr(uint32_t step, const void* packed, uint32_t size, uint32_t x, uint32_t y,
             uint32_t threads, uint32_t shared, int order) {
   QrArguments args = {};

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 
-#include "../../csrc/cuda/tiles.h"
+#include "../../csrc/cuda/fill/tiles.h"
 
 namespace {
 
@@ -47,16 +47,18 @@ void forget() { count_watched = 0, strays = 0, vectors = 0; }
 uint64_t count_strays() { return strays; }
 uint64_t count_vectors() { return vectors; }
 
-// As fill_kernel of csrc/cuda/fill.cu. `backwards`: tiles in the other order, which must not matter
-// where no fill waits for another.
-int walk(const fastinit::cuda::Fill* fills, uint32_t count, uint32_t tiles,
-         const fastinit::cuda::Source* sources, fastinit::cuda::Progress* progress, int backwards) {
+// As fill_kernel of csrc/cuda/fill/fill.cu. `backwards`: tiles in the other order, which must not
+// matter where no fill waits for another.
+int walk(const fastinit::cuda::FillTiles* fills, uint32_t count, uint32_t tiles,
+         const fastinit::cuda::PhiloxSource* sources, fastinit::cuda::Progress* progress,
+         int backwards) {
   using namespace fastinit::cuda;
   for (uint32_t n = 0; n < tiles; ++n) {
     const uint32_t tile = backwards ? tiles - 1 - n : n;
-    const Fill* f = std::upper_bound(fills, fills + count, tile,
-                                     [](uint32_t t, const Fill& x) { return t < x.first_tile; }) -
-                    1;
+    const FillTiles* f =
+        std::upper_bound(fills, fills + count, tile,
+                         [](uint32_t t, const FillTiles& x) { return t < x.first_tile; }) -
+        1;
     if (tile - f->first_tile >= f->tiles) return 1;
     uint64_t origin = sources[f->source].block;
     if (f->after >= 0) {
@@ -64,7 +66,7 @@ int walk(const fastinit::cuda::Fill* fills, uint32_t count, uint32_t tiles,
       origin = progress->slots[f->after].end;
     }
     uint32_t rounds = 0;
-    for (uint32_t lane = 0; lane < kLanes; ++lane) {
+    for (uint32_t lane = 0; lane < kFillLanes; ++lane) {
       rounds = std::max(
           rounds, write_tile(*f, sources[f->source].seed, origin, tile - f->first_tile, lane));
     }
@@ -80,7 +82,7 @@ int walk(const fastinit::cuda::Fill* fills, uint32_t count, uint32_t tiles,
   return 0;
 }
 
-int size_of_fill() { return sizeof(fastinit::cuda::Fill); }
+int size_of_fill() { return sizeof(fastinit::cuda::FillTiles); }
 
 // Conversions and the laws' pieces that are the same on both sides, for tests of their own.
 void round_all(const float* from, uint64_t n, uint16_t* bf16, uint16_t* f16) {

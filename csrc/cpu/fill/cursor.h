@@ -5,7 +5,7 @@
 #include <cstring>
 #include <memory>
 
-#include "cpu.h"
+#include "../surface.h"
 
 namespace fastinit {
 

@@ -4,7 +4,7 @@
 // where T^-1 is V'V above the diagonal and 1 / tau on it.
 #pragma once
 
-#include "qr_small.h"
+#include "small.h"
 
 namespace fastinit {
 namespace cuda {
@@ -118,7 +118,7 @@ FI_FN void invert(const Block& block, T* triangle, uint32_t pitch, uint32_t n, c
       for (uint32_t l = t - t % kWarp; l < j; ++l) {  // together in a warp, whatever is its own
         const double mine = l < t ? T(0) : triangle[l * pitch + t];
         const double next = triangle[l * pitch + j];
-        sum = fma_of(mine, next, sum);
+        sum = fma(mine, next, sum);
       }
       triangle[j * pitch + t] = -mul(tau[j], static_cast<T>(sum));
     }

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../keyed.h"
+#include "../../keyed_desc.h"
 
 namespace fastinit {
 namespace cuda {
@@ -29,7 +29,7 @@ FI_LAYOUT(KeyedAxis, FI_FIELD(size), FI_FIELD(magic), FI_FIELD(shift), FI_FIELD(
           FI_UNUSED(unused));
 
 struct KeyedTiles {
-  KeyedFill fill;
+  KeyedDesc fill;
   uint32_t first_tile;  // of the launch
   uint32_t tiles;
   uint32_t units;    // less than 2^31

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "block.h"
-#include "qr.h"
+#include "launch.h"
 
 namespace fastinit {
 namespace cuda {
@@ -22,7 +22,7 @@ struct QrState {
 };
 static_assert(sizeof(QrState<float>) == 256 + 640 * sizeof(float) &&
                   sizeof(QrState<double>) == 256 + 640 * sizeof(double),
-              "fastinit/cuda_qr.py counts 256 bytes and 640 elements");
+              "fastinit/cuda/qr.py counts 256 bytes and 640 elements");
 
 template <class T>
 struct Matrix {
@@ -78,7 +78,7 @@ FI_FN void reflector(uint32_t length, T x, double squares, T* tau, T* beta, T* h
   *tau = 2 / static_cast<T>(square);
 }
 
-FI_FN double add_square(double x, double sum) { return fma_of(x, x, sum); }
+FI_FN double add_square(double x, double sum) { return fma(x, x, sum); }
 
 template <class T>
 FI_FN T sign_of(T x) {
@@ -108,13 +108,21 @@ FI_FN T sum_dots(const QrState<T>& s, uint32_t parts, uint32_t j, uint32_t k) {
 // v' a_j, from the product with x, the column k of which v = x - beta e_1 was made.
 template <class T>
 FI_FN T product(const QrState<T>& s, const Matrix<T>& a, uint32_t parts, uint32_t j, uint32_t k) {
-  return fma_of(-s.beta[k], a.at(k, j), sum_dots(s, parts, j, k));
+  return fma(-s.beta[k], a.at(k, j), sum_dots(s, parts, j, k));
 }
 
 // Reflectors k of all columns in place, heads on the diagonal; above it is left what was there.
 // Column k is brought up to date and measured first; then one pass updates the columns behind it
 // with reflector k - 1 and takes their dot products with column k. `gram`: null, or where V'V goes
 // above the diagonal, (n, gram_pitch).
+//
+// When round k begins, with H_j = I - tau_j v_j v_j':
+// - columns j < k are v_j, but v_{k-1} has its x on the diagonal still, as others read it; its head
+//   is in s->head and is put there in this round;
+// - columns j >= k have H_0 to H_{k-2} applied in rows from k - 1 on; row k - 1 is never written
+//   again, so it is read as it was when the products with column k - 1 were taken;
+// - s->dots[(k - 1) & 1] has x_{k-1}' a_j of all j, from which `product` makes v_{k-1}' a_j. The
+//   products of this round go to the other half, as threads come to it at different times.
 template <uint32_t lanes, uint32_t own, class T>
 FI_FN void factor(const Block& block, const Matrix<T>& a, QrState<T>* s, T* gram,
                   uint32_t gram_pitch) {
@@ -137,7 +145,7 @@ FI_FN void factor(const Block& block, const Matrix<T>& a, QrState<T>* s, T* gram
           for (uint32_t i = k + t; i < a.m; i += block.threads()) {
             T value = x[i];
             if (k > 0) {
-              value = fma_of(-scale, v[i], value);
+              value = fma(-scale, v[i], value);
               x[i] = value;
             }
             squares.x[0] = add_square(value, squares.x[0]);
@@ -180,9 +188,9 @@ FI_FN void factor(const Block& block, const Matrix<T>& a, QrState<T>* s, T* gram
             for (uint32_t c = 0; c < own; ++c) value[c] = a.a[at[c] + i];
 #pragma unroll
             for (uint32_t c = 0; c < own; ++c) {
-              value[c] = fma_of(-scale[c], vi, value[c]);
+              value[c] = fma(-scale[c], vi, value[c]);
               if (moves[c]) a.a[at[c] + i] = value[c];
-              dots.x[c] = fma_of(xi, value[c], dots.x[c]);
+              dots.x[c] = fma(xi, value[c], dots.x[c]);
             }
           }
           return dots;
@@ -221,6 +229,12 @@ FI_FN void reflect(const Block& block, const Matrix<T>& a, uint32_t first, const
 // Q in the place of the reflectors, last column first: one pass per column applies H_k and takes
 // the products with v_{k-1}. Column k is read as v_k by all threads meanwhile, so it becomes e_k -
 // tau head v in the next pass, and column 0 when it is written out.
+//
+// When pass k begins:
+// - columns j <= k + 1 are v_j; the pass makes H_{k+1} e_{k+1} of v_{k+1} on the way (own_scale),
+//   and of v_k what H_k e_k will be, for its product only;
+// - columns j > k + 1 are H_{k+1} ... H_j e_j, whose rows up to k are 0, whatever lies in memory;
+// - s->dots[k & 1] has v_k' q_j of all j > k; the pass leaves v_{k-1}' q_j in the other half.
 template <uint32_t lanes, uint32_t own, class T>
 FI_FN void form(const Block& block, const Matrix<T>& a, QrState<T>* s) {
   for (uint32_t k = a.n - 1; k > 0 || a.n > 1; --k) {
@@ -254,11 +268,11 @@ FI_FN void form(const Block& block, const Matrix<T>& a, QrState<T>* s) {
             for (uint32_t c = 0; c < own; ++c) {
               const uint32_t j = split.column(c);
               const T unit = i == j && j <= k + 1 ? T(1) : T(0);
-              q[c] = fma_of(own_scale[c], q[c], unit);
+              q[c] = fma(own_scale[c], q[c], unit);
               if (j > k && i == k) q[c] = 0;
-              q[c] = fma_of(-scale[c], vi, q[c]);
+              q[c] = fma(-scale[c], vi, q[c]);
               if (j > k && j < a.n) a.a[at[c] + i] = q[c];
-              dots.x[c] = fma_of(ni, q[c], dots.x[c]);
+              dots.x[c] = fma(ni, q[c], dots.x[c]);
             }
           }
           return dots;

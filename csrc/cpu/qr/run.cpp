@@ -4,7 +4,7 @@
 
 #include "qr.h"
 
-#include "pages.h"
+#include "../pages.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -14,8 +14,8 @@
 #include <thread>
 #include <vector>
 
-#include "cpu.h"
-#include "threads.h"
+#include "../surface.h"
+#include "../threads.h"
 
 namespace fastinit {
 namespace {
@@ -40,15 +40,15 @@ std::unique_ptr<void, Free> allocate(uint64_t bytes) {
   return p;
 }
 
-uint64_t bytes_of(const MatrixDesc& d, int workers) {
+uint64_t bytes_of(const QrDesc& d, int workers) {
   if (d.rows == 1 || d.cols == 1) return 1;
   return static_cast<uint64_t>(Shape(d).items(workers)) * (is_wide(d) ? 8 : 4);
 }
 
-double cost_of(const MatrixDesc& d) { return Shape(d).flops() + kOverhead; }
+double cost_of(const QrDesc& d) { return Shape(d).flops() + kOverhead; }
 
 // `share`: the work of a thread. Matrices of half of it or more could not be divided evenly.
-bool is_shared(const MatrixDesc& d, double share) {
+bool is_shared(const QrDesc& d, double share) {
   const bool can = d.rows * d.cols >= kCanShare;
   return can && (bytes_of(d, 1) >= kShared || cost_of(d) >= share / 2);
 }
@@ -89,8 +89,8 @@ bool Team::barrier(int worker) {
   return !stopped_;
 }
 
-bool orthonormalize(const Target& target, const MatrixDesc* matrices, int64_t count, char* done,
-                    const Control& control) {
+bool run_qr(const Target& target, const QrDesc* matrices, int64_t count, char* done,
+            const Control& control) {
   double total = 0;
   for (int64_t i = 0; i < count; ++i) total += cost_of(matrices[i]);
   std::vector<int64_t> shared, small;
@@ -117,19 +117,19 @@ bool orthonormalize(const Target& target, const MatrixDesc* matrices, int64_t co
       const std::unique_ptr<void, Free> work = allocate(bytes);
       for (size_t i; (i = next++) < small.size() && !interrupt.raised(worker);) {
         Team alone(1, nullptr);
-        target.orthonormalize(matrices[small[i]], work.get(), alone, 0);
+        target.qr(matrices[small[i]], work.get(), alone, 0);
         done[small[i]] = 1;
       }
     });
   }
   if (interrupt.raised(-1)) return false;
   for (const int64_t i : shared) {
-    const MatrixDesc& d = matrices[i];
+    const QrDesc& d = matrices[i];
     const int most = worth_threads(cost_of(d) / kRate, control);
     const std::unique_ptr<void, Free> work = allocate(bytes_of(d, most));
     bool finished = false;
     as_team(most, &interrupt, [&](Team& team, int worker) {
-      if (target.orthonormalize(d, work.get(), team, worker) && worker == 0) finished = true;
+      if (target.qr(d, work.get(), team, worker) && worker == 0) finished = true;
     });
     if (!finished) return false;
     done[i] = 1;

@@ -2,17 +2,17 @@
 // Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
 #pragma once
 
-#include "target.h"
+#include "../target.h"
 
 namespace fastinit {
 namespace cuda {
 
-struct Words {
+struct PhiloxWords {
   uint32_t w[4];
 };
 
 // The four words of a block in a subsequence, as cuRAND and torch number them.
-FI_FN Words philox(uint64_t seed, uint64_t block, uint64_t subsequence) {
+FI_FN PhiloxWords philox(uint64_t seed, uint64_t block, uint64_t subsequence) {
   uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
   uint32_t c2 = static_cast<uint32_t>(subsequence), c3 = static_cast<uint32_t>(subsequence >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);

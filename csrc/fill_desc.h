@@ -10,6 +10,10 @@
 namespace fastinit {
 
 enum class Dtype : uint8_t { f32, f64, bf16, f16 };
+template <Dtype dtype>
+struct Typed {  // a dtype as a type
+  static constexpr Dtype value = dtype;
+};
 
 // What one item is, and how many 32-bit words of its source it takes (f64 takes twice as many):
 enum class Op : uint8_t {

@@ -47,16 +47,16 @@ template <class Law>
 struct Redraw {
   using T = typename Law::T;
   static constexpr uint32_t kPerItem = Law::kStepWords / Law::kItems;
-  static constexpr uint32_t kPairs = Law::kItems / 2;
+  static constexpr uint32_t kRoom = Law::kItems / 2;
   const Law& law;
   Words& w;
   uint16_t* pending;
   uint64_t left = 0;
 
   uint32_t filled = 0;
-  T* to[kPairs];          // where an element belongs,
-  uint32_t from[kPairs];  // where its step has it,
-  uint64_t mark[kPairs];  // and its bit in `pending`
+  T* to[kRoom];          // where an element belongs,
+  uint32_t from[kRoom];  // where its step has it,
+  uint64_t mark[kRoom];  // and its bit in `pending`
   alignas(64) uint32_t raw[Law::kStepWords + Words::kPad] = {};
 
   Redraw(const Law& l, Words& words, uint16_t* p) : law(l), w(words), pending(p) {}
@@ -83,7 +83,7 @@ struct Redraw {
       to[filled] = out + i;
       from[filled] = slot + (i & 8);
       mark[filled] = 16 * group + i;
-      if (++filled == kPairs) flush();
+      if (++filled == kRoom) flush();
     }
   }
 
@@ -133,8 +133,9 @@ uint64_t trunc_law(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, ui
                      : redraw(law, d, w, begin, end, pending);
 }
 
-uint64_t trunc_round(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, uint16_t* pending,
-                     bool first) {
+// Not by as_dtype: g++ 12 would inline less of the laws.
+uint64_t trunc(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, uint16_t* pending,
+               bool first) {
   const bool cephes = d.flavour & kCephes;
   switch (d.dtype) {
     case Dtype::f32:

@@ -3,11 +3,7 @@
 // thread, with a barrier behind it. The tests run a phase thread after thread, in several orders.
 #pragma once
 
-#include "target.h"
-
-#if !defined(__CUDACC__)
-#include <vector>
-#endif
+#include "../target.h"
 
 namespace fastinit {
 namespace cuda {
@@ -57,51 +53,6 @@ FI_FN T* global(uint64_t address) {
 
 FI_FN float root(float x) { return __fsqrt_rn(x); }
 FI_FN double root(double x) { return __dsqrt_rn(x); }
-
-#else
-
-class Block {
- public:
-  // `order`: of the threads within a phase, which must not matter. 0: as numbered, 1: backwards,
-  // 2: shuffled.
-  Block(uint32_t threads, int order) : threads_(threads), order_(order) {}
-  uint32_t threads() const { return threads_; }
-
-  template <class Phase>
-  void each(const Phase& phase) const {
-    for (uint32_t i = 0; i < threads_; ++i) phase(thread(i));
-  }
-
-  template <uint32_t lanes, class Phase, class Then>
-  void sum(const Phase& phase, const Then& then) const {
-    std::vector<decltype(phase(0u))> sums(threads_);
-    for (uint32_t i = 0; i < threads_; ++i) sums[thread(i)] = phase(thread(i));
-    for (uint32_t step = lanes / 2; step > 0; step /= 2) {
-      const auto before = sums;
-      for (uint32_t t = 0; t < threads_; ++t) {
-        for (uint32_t i = 0; i < before[t].kCount; ++i) {
-          sums[t].x[i] = before[t].x[i] + before[t ^ step].x[i];
-        }
-      }
-    }
-    for (uint32_t i = 0; i < threads_; ++i) then(thread(i), sums[thread(i)]);
-  }
-
- private:
-  uint32_t thread(uint32_t i) const {  // blocks have 64, 256, ... threads: odd factors permute them
-    return order_ == 0 ? i : order_ == 1 ? threads_ - 1 - i : (i * 37 + 11) % threads_;
-  }
-  uint32_t threads_;
-  int order_;
-};
-
-template <class T>
-T* global(uint64_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-inline float root(float x) { return std::sqrt(x); }
-inline double root(double x) { return std::sqrt(x); }
 
 #endif
 

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "../plan.h"
+#include "../../fill_desc.h"
 
 namespace fastinit {
 namespace cuda {

@@ -146,8 +146,8 @@ void write_diagonal(const FillDesc& d, T one, uint64_t begin, uint64_t end, bool
 // words. `cached` is the sine a former call left over; the first item takes it if d.hi != 0.
 template <class T, bool kContract>
 void write_pairs(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, double* cached) {
-  constexpr uint32_t kTile = 256;
-  T values[kTile];
+  constexpr uint32_t kChunk = 256;
+  T values[kChunk];
   uint32_t raw[4 + Words::kPad] = {}, word[4 + Words::kPad];
   double cosine = 0, sine = *cached;
   bool have_sine = begin == 0 && d.hi != 0;
@@ -157,8 +157,8 @@ void write_pairs(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, doub
     normal_pair(word, cosine, sine);
     have_sine = true;
   }
-  for (uint64_t i = begin; i < end; i += kTile) {
-    const uint64_t n = end - i < kTile ? end - i : kTile;
+  for (uint64_t i = begin; i < end; i += kChunk) {
+    const uint64_t n = end - i < kChunk ? end - i : kChunk;
     for (uint64_t j = 0; j < n; ++j) {
       double z = sine;
       if (!have_sine) {
@@ -234,9 +234,10 @@ void write_sparse_mask(const FillDesc& d, Words& w, uint64_t begin, uint64_t end
 }
 
 // The one place where op, dtype and flavour become code.
-template <Dtype dtype, class T>
+template <Dtype dtype>
 void fill_dtype(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool stream,
                 double* cached) {
+  using T = typename Element<dtype>::T;
   constexpr bool kDouble = dtype == Dtype::f64;
   using Bits =
       std::conditional_t<kDouble, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, T>>;
@@ -273,26 +274,15 @@ void fill_dtype(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool 
       return write_pairs<T, false>(d, w, begin, end, cached);
     case Op::sparse_mask:
       return write_sparse_mask<Bits>(d, w, begin, end);
-    case Op::trunc_normal:
-      return;  // run_trunc
-  }
-}
-
-void fill_any(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool stream,
-              double* cached) {
-  switch (d.dtype) {
-    case Dtype::f32:
-      return fill_dtype<Dtype::f32, float>(d, w, begin, end, stream, cached);
-    case Dtype::f64:
-      return fill_dtype<Dtype::f64, double>(d, w, begin, end, stream, cached);
-    case Dtype::bf16:
-      return fill_dtype<Dtype::bf16, uint16_t>(d, w, begin, end, stream, cached);
-    case Dtype::f16:
-      return fill_dtype<Dtype::f16, uint16_t>(d, w, begin, end, stream, cached);
+    case Op::trunc_normal:  // run_trunc
+    case Op::trunc_erfinv:  // nobody asks a CPU for it
+      return;
   }
 }
 
 void fill(const FillDesc& d, Words& w, uint64_t begin, uint64_t end, bool stream, double* cached) {
-  fill_any(d, w, begin, end, stream, cached);
+  as_dtype(d.dtype, [&](auto dtype) {
+    fill_dtype<decltype(dtype)::value>(d, w, begin, end, stream, cached);
+  });
   if (stream) fence();
 }

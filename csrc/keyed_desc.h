@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "plan.h"
+#include "fill_desc.h"
 
 namespace fastinit {
 
@@ -17,7 +17,7 @@ struct KeyedDim {
 };
 FI_LAYOUT(KeyedDim, FI_FIELD(size), FI_FIELD(stride), FI_FIELD(step));
 
-struct KeyedFill {
+struct KeyedDesc {
   uint64_t address;  // of the first element; owned by the caller, who keeps the tensor alive
   uint64_t key;      // of the parameter: Philox's key
   uint64_t index;    // of the first element in the whole parameter, row-major
@@ -36,7 +36,7 @@ struct KeyedFill {
   uint8_t rank;  // dimensions; at least one
   uint8_t unused[5];
 };
-FI_LAYOUT(KeyedFill, FI_FIELD(address), FI_FIELD(key), FI_FIELD(index), FI_FIELD(items),
+FI_LAYOUT(KeyedDesc, FI_FIELD(address), FI_FIELD(key), FI_FIELD(index), FI_FIELD(items),
           FI_FIELD(p), FI_FIELD(dim), FI_FIELD(diagonal), FI_FIELD(op), FI_FIELD(dtype),
           FI_FIELD(rank), FI_UNUSED(unused));
 

@@ -2,8 +2,8 @@
 // The kernel of the keyed stream: a grid that stays, over the tiles of all fills of a launch.
 // Compiled with -fmad=false: laws.inl.h says where two operations are rounded as one.
 
-#include "grid.h"
-#include "keyed.h"
+#include "../grid.h"
+#include "units.h"
 
 namespace fastinit {
 namespace cuda {
@@ -23,15 +23,7 @@ struct Current {
 };
 
 __device__ void load(const KeyedArguments& args, uint32_t tile, Current* now) {
-  const KeyedTiles* const fills =
-      args.table != 0 ? reinterpret_cast<const KeyedTiles*>(args.table) : args.inlined;
-  const uint64_t* const from =
-      reinterpret_cast<const uint64_t*>(fills + find<kKeyedLanes>(fills, args.fills, tile));
-  __syncthreads();  // all lanes are done with the fill before
-  if (threadIdx.x < sizeof(KeyedTiles) / 8) {
-    reinterpret_cast<uint64_t*>(&now->tiles)[threadIdx.x] = from[threadIdx.x];
-  }
-  __syncthreads();
+  load_fill<kKeyedLanes>(args, tile, &now->tiles);
   if (threadIdx.x == 0) prepare(now->tiles.fill, &now->prepared);
   __syncthreads();
 }

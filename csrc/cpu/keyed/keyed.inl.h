@@ -101,13 +101,13 @@ void write_span(const Law& law, uint64_t key, uint64_t index, typename E::T* out
 }
 
 // Walks through the elements of a fill from item `first`, dimension 0 fastest.
-struct Walk {
-  const KeyedFill& d;
+struct ItemWalk {
+  const KeyedDesc& d;
   uint64_t at[kMostDims] = {};
   uint64_t index;
   int64_t offset = 0;
 
-  Walk(const KeyedFill& fill, uint64_t first) : d(fill), index(fill.index) {
+  ItemWalk(const KeyedDesc& fill, uint64_t first) : d(fill), index(fill.index) {
     for (int k = 0; k < d.rank; ++k) {
       at[k] = first % static_cast<uint64_t>(d.dim[k].size);
       first /= static_cast<uint64_t>(d.dim[k].size);
@@ -132,7 +132,7 @@ struct Walk {
 // Rows too short for a step, or whose elements do not follow each other: blocks are collected from
 // wherever they are.
 template <class E, class Law>
-void write_scattered(const Law& law, const KeyedFill& d, Walk walk, uint64_t items) {
+void write_scattered(const Law& law, const KeyedDesc& d, ItemWalk walk, uint64_t items) {
   using T = typename E::T;
   constexpr uint32_t kMost = 128;
   alignas(64) T values[kMost * E::kPerBlock];
@@ -163,12 +163,12 @@ void write_scattered(const Law& law, const KeyedFill& d, Walk walk, uint64_t ite
 
 // Items [begin, end) of a law.
 template <Dtype dtype, class Law>
-void write_keyed(const KeyedFill& d, uint64_t begin, uint64_t end, bool stream) {
+void write_keyed(const KeyedDesc& d, uint64_t begin, uint64_t end, bool stream) {
   using E = KeyedElement<dtype>;
   using T = typename E::T;
   constexpr uint64_t kShort = 2 * kBlocks * E::kPerBlock;
   const Law law(d.p);
-  Walk walk(d, begin);
+  ItemWalk walk(d, begin);
   if (d.dim[0].step != 1 || static_cast<uint64_t>(d.dim[0].size) < kShort) {
     return write_scattered<E>(law, d, walk, end - begin);
   }
@@ -193,10 +193,10 @@ void write_keyed(const KeyedFill& d, uint64_t begin, uint64_t end, bool stream) 
 
 // constant, and the zeros and ones of eye_ and dirac_.
 template <class T>
-void write_known(const KeyedFill& d, T value, T one, uint64_t begin, uint64_t end) {
+void write_known(const KeyedDesc& d, T value, T one, uint64_t begin, uint64_t end) {
   T* const base = reinterpret_cast<T*>(d.address);
   const Diagonal& g = d.diagonal;
-  Walk walk(d, begin);
+  ItemWalk walk(d, begin);
   for (uint64_t left = end - begin; left != 0;) {
     const uint64_t n = least(left, walk.left_in_row());
     T* const to = base + walk.offset;
@@ -223,7 +223,7 @@ void write_known(const KeyedFill& d, T value, T one, uint64_t begin, uint64_t en
 // For each column a shuffle of the rows of the whole matrix by Fisher and Yates, as far as zeros
 // go. Word n of domain 1 is word n % 4 of block n / 4; column c's begin at c * rows.
 template <class T>
-void write_keyed_mask(const KeyedFill& d, uint64_t begin, uint64_t end) {
+void write_keyed_mask(const KeyedDesc& d, uint64_t begin, uint64_t end) {
   const Sparse& s = d.sparse;
   T* const base = reinterpret_cast<T*>(d.address);
   const uint64_t rows = static_cast<uint64_t>(s.rows);
@@ -256,8 +256,9 @@ void write_keyed_mask(const KeyedFill& d, uint64_t begin, uint64_t end) {
   }
 }
 
-template <Dtype dtype, class T>
-void fill_keyed_dtype(const KeyedFill& d, uint64_t begin, uint64_t end, bool stream) {
+template <Dtype dtype>
+void keyed_dtype(const KeyedDesc& d, uint64_t begin, uint64_t end, bool stream) {
+  using T = typename Element<dtype>::T;
   constexpr bool kDouble = dtype == Dtype::f64;
   switch (d.op) {
     case Op::uniform:
@@ -280,20 +281,8 @@ void fill_keyed_dtype(const KeyedFill& d, uint64_t begin, uint64_t end, bool str
   }
 }
 
-void fill_keyed(const KeyedFill& d, uint64_t begin, uint64_t end, bool stream) {
-  switch (d.dtype) {
-    case Dtype::f32:
-      fill_keyed_dtype<Dtype::f32, float>(d, begin, end, stream);
-      break;
-    case Dtype::f64:
-      fill_keyed_dtype<Dtype::f64, double>(d, begin, end, stream);
-      break;
-    case Dtype::bf16:
-      fill_keyed_dtype<Dtype::bf16, uint16_t>(d, begin, end, stream);
-      break;
-    case Dtype::f16:
-      fill_keyed_dtype<Dtype::f16, uint16_t>(d, begin, end, stream);
-      break;
-  }
+void keyed(const KeyedDesc& d, uint64_t begin, uint64_t end, bool stream) {
+  as_dtype(d.dtype,
+           [&](auto dtype) { keyed_dtype<decltype(dtype)::value>(d, begin, end, stream); });
   if (stream) fence();
 }

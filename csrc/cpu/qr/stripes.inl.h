@@ -33,18 +33,18 @@ void dot(const T* v, const T* c, int64_t rows, T* w) {
   memset(w, 0, sizeof(T) * S * S);
   for (; rows > 0; rows -= kChunk, v += kChunk * S, c += kChunk * S) {
     const int64_t n = rows < kChunk ? rows : kChunk;
-    for (int k = 0; k < S; k += kTile) {
+    for (int k = 0; k < S; k += kTileRows) {
       for (int j = 0; j < S; j += 2 * L) {
-        Wide<T> low[kTile] = {}, high[kTile] = {};
+        Wide<T> low[kTileRows] = {}, high[kTileRows] = {};
         for (int64_t i = 0; i < n; ++i) {
           const Wide<T> c0 = at(c + i * S + j), c1 = at(c + i * S + j + L);
-          for (int r = 0; r < kTile; ++r) {
+          for (int r = 0; r < kTileRows; ++r) {
             const Wide<T> x = wide(v[i * S + k + r]);
             low[r] = mad(x, c0, low[r]);
             high[r] = mad(x, c1, high[r]);
           }
         }
-        for (int r = 0; r < kTile; ++r) {
+        for (int r = 0; r < kTileRows; ++r) {
           at(w + (k + r) * S + j) += low[r];
           at(w + (k + r) * S + j + L) += high[r];
         }
@@ -54,26 +54,26 @@ void dot(const T* v, const T* c, int64_t rows, T* w) {
 }
 
 // c += sign a w for a of `depth` columns in stripes that lie `stride` apart. `rows` is a multiple
-// of kTile. What a stripe adds is summed up before it meets c, whose entries are larger.
+// of kTileRows. What a stripe adds is summed up before it meets c, whose entries are larger.
 template <int kSign, class T>
 void add_product(const T* a, int64_t stride, int depth, const T* w, T* c, int64_t rows) {
   constexpr int S = kStripe<T>, L = kWide<T>;
-  for (int64_t i = 0; i < rows; i += kTile) {
+  for (int64_t i = 0; i < rows; i += kTileRows) {
     for (int j = 0; j < S; j += 2 * L) {
       for (int k0 = 0; k0 < depth; k0 += S) {
-        Wide<T> low[kTile] = {}, high[kTile] = {};
+        Wide<T> low[kTileRows] = {}, high[kTileRows] = {};
         const T* const part = a + k0 / S * stride + i * S;
         const T* const by = w + k0 * S + j;
         const int n = depth - k0 < S ? depth - k0 : S;
         for (int k = 0; k < n; ++k) {
           const Wide<T> w0 = at(by + k * S), w1 = at(by + k * S + L);
-          for (int r = 0; r < kTile; ++r) {
+          for (int r = 0; r < kTileRows; ++r) {
             const Wide<T> x = wide(part[r * S + k]);
             low[r] = mad(x, w0, low[r]);
             high[r] = mad(x, w1, high[r]);
           }
         }
-        for (int r = 0; r < kTile; ++r) {
+        for (int r = 0; r < kTileRows; ++r) {
           T* const out = c + (i + r) * S + j;
           at(out) = kSign < 0 ? at(out) - low[r] : at(out) + low[r];
           at(out + L) = kSign < 0 ? at(out + L) - high[r] : at(out + L) + high[r];
@@ -226,7 +226,7 @@ void take(T* p, int64_t rows, int columns, T* t, T* signs, T* gram) {
 
 // Stripes side by side whose reflectors are applied together; v: at the row of their diagonal.
 template <class T>
-struct Block {
+struct StripeBlock {
   static constexpr int S = kStripe<T>;
   T* v;
   int64_t stride;  // from stripe to stripe
@@ -294,7 +294,7 @@ inline void factor_in_double(float* p, int64_t rows, int columns, float* t, floa
   constexpr int S = kStripe<double>, kParts = kStripe<float> / S, kAll = S * kParts;
   const int64_t padded = (rows + 7) / 8 * 8, stride = padded * S;
   double* const made = work + kParts * stride;
-  Block<double> block{work, stride, made, kAll, padded, 0, made + kAll * kAll};
+  StripeBlock<double> block{work, stride, made, kAll, padded, 0, made + kAll * kAll};
   for (int q = 0; q < kParts; ++q) {
     double* const to = work + q * stride;
     for (int64_t i = 0; i < rows; ++i) widen(p + i * kAll + q * S, to + i * S);

@@ -11,16 +11,17 @@
 
 // Computed in T, from a Gaussian matrix of In.
 template <class T, class In>
-class Matrix {
+class MatrixWork {
  public:
   static constexpr int S = kStripe<T>;
 
-  Matrix(const MatrixDesc& d, T* work, Team& team, int worker)
+  MatrixWork(const QrDesc& d, T* work, Team& team, int worker)
       : d_(d), shape_(d), work_(work), team_(team), worker_(worker) {}
 
   bool orthonormalize() {
     if (shape_.n == 1) {
-      if (worker_ == 0) as_dtype([&](auto dtype) { write_column<decltype(dtype)::value>(); });
+      if (worker_ == 0)
+        as_dtype(d_.dtype, [&](auto dtype) { write_column<decltype(dtype)::value>(); });
       return true;
     }
     read();
@@ -36,7 +37,7 @@ class Matrix {
   int64_t last(int64_t b) const { return std::min(shape_.stripes, first(b + 1)); }
   int columns(int64_t s) const { return static_cast<int>(std::min<int64_t>(S, shape_.n - s * S)); }
 
-  Block<T> block(int64_t b, bool copied) const {
+  StripeBlock<T> block(int64_t b, bool copied) const {
     const int64_t row = first(b) * S;
     const int64_t columns = std::min(shape_.n, last(b) * S) - row;
     return {copied ? work_ + shape_.copy_at() : stripe(first(b), row),
@@ -49,7 +50,7 @@ class Matrix {
   }
 
   // The reflectors of the block's stripe q, by factoring it or as they are.
-  void reflectors(Block<T>& own, int64_t b, int64_t s) {
+  void reflectors(StripeBlock<T>& own, int64_t b, int64_t s) {
     const int q = static_cast<int>(s - first(b));
     const int64_t above = int64_t{q} * S;
     T* const c = stripe(s, first(b) * S);
@@ -59,7 +60,7 @@ class Matrix {
       take(c + above * S, own.rows - above, columns(s), t, signs, own.gram());
     } else {
       if (q != 0) {
-        Block<T> before = own;
+        StripeBlock<T> before = own;
         before.columns = static_cast<int>(above);
         before.apply_transposed(c);
       }
@@ -78,7 +79,7 @@ class Matrix {
   }
 
   void find_block(int64_t b) {
-    Block<T> own = block(b, false);
+    StripeBlock<T> own = block(b, false);
     for (int64_t s = first(b); s < last(b); ++s) reflectors(own, b, s);
   }
 
@@ -86,7 +87,7 @@ class Matrix {
     if (worker_ == 0) find_block(0);
     if (!team_.barrier(worker_)) return false;
     for (int64_t b = 0; b + 1 < shape_.blocks; ++b) {
-      const Block<T> own = block(b, false);
+      const StripeBlock<T> own = block(b, false);
       const auto apply = [&](int64_t s) { own.apply_transposed(stripe(s, first(b) * S)); };
       if (worker_ == 0) {  // while the others are at what lies behind it
         for (int64_t s = first(b + 1); s < last(b + 1); ++s) apply(s);
@@ -106,7 +107,7 @@ class Matrix {
   // Overwrites the reflectors by the factor, last block first.
   bool form() {
     for (int64_t b = shape_.blocks - 1; b >= 0; --b) {
-      const Block<T> own = block(b, true);
+      const StripeBlock<T> own = block(b, true);
       const int64_t row = first(b) * S, from = first(b), count = last(b) - from;
       const size_t top = sizeof(T) * S * static_cast<size_t>(std::min(count * S, own.rows));
       for (int64_t q; (q = team_.claim()) < count;) {
@@ -130,7 +131,7 @@ class Matrix {
 
   // Columns of the identity, reflected: V' of them are rows of V. What the last stripe has beyond
   // the matrix comes from what follows in the workspace, and stays in columns that nobody reads.
-  void form_own(const Block<T>& own, int64_t b, int64_t q, T* c) const {
+  void form_own(const StripeBlock<T>& own, int64_t b, int64_t q, T* c) const {
     const int n = columns(first(b) + q);
     for (int k0 = 0; k0 < own.columns; k0 += S) {
       const T* const rows = own.v + k0 / S * own.stride + q * S * S;
@@ -188,22 +189,8 @@ class Matrix {
     for (int64_t i = 0; i < items; ++i) to[i] = static_cast<T>(from[i]);
   }
 
-  template <class Body>
-  void as_dtype(const Body& body) {
-    switch (d_.dtype) {
-      case Dtype::f32:
-        return body(std::integral_constant<Dtype, Dtype::f32>());
-      case Dtype::f64:
-        return body(std::integral_constant<Dtype, Dtype::f64>());
-      case Dtype::bf16:
-        return body(std::integral_constant<Dtype, Dtype::bf16>());
-      case Dtype::f16:
-        return body(std::integral_constant<Dtype, Dtype::f16>());
-    }
-  }
-
   bool write() {
-    as_dtype([&](auto dtype) { write_as<decltype(dtype)::value>(); });
+    as_dtype(d_.dtype, [&](auto dtype) { write_as<decltype(dtype)::value>(); });
     return team_.barrier(worker_);
   }
 
@@ -281,7 +268,7 @@ class Matrix {
     }
   }
 
-  const MatrixDesc& d_;
+  const QrDesc& d_;
   const Shape shape_;
   T* const work_;
   Team& team_;
@@ -289,10 +276,10 @@ class Matrix {
 };
 
 // Member of a team that writes one matrix. False: abandoned.
-bool orthonormalize(const MatrixDesc& d, void* work, Team& team, int worker) {
+bool qr(const QrDesc& d, void* work, Team& team, int worker) {
   double* const doubles = static_cast<double*>(work);
   if (d.dtype == Dtype::f64)
-    return Matrix<double, double>(d, doubles, team, worker).orthonormalize();
-  if (is_wide(d)) return Matrix<double, float>(d, doubles, team, worker).orthonormalize();
-  return Matrix<float, float>(d, static_cast<float*>(work), team, worker).orthonormalize();
+    return MatrixWork<double, double>(d, doubles, team, worker).orthonormalize();
+  if (is_wide(d)) return MatrixWork<double, float>(d, doubles, team, worker).orthonormalize();
+  return MatrixWork<float, float>(d, static_cast<float*>(work), team, worker).orthonormalize();
 }

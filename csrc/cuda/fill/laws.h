@@ -13,61 +13,35 @@ namespace cuda {
 template <class T>
 constexpr int kPerBlock = sizeof(T) == 8 ? 2 : 4;
 
-// How a dtype is stored (T) and computed with (A).
-template <class X>
-struct Same {
-  using T = X;
-  using A = X;
-  static FI_FN T code(A x) { return x; }
-  static FI_FN A value(T x) { return x; }
-};
-
-template <uint16_t (*encode)(float), float (*decode)(uint16_t)>
-struct Coded {
-  using T = uint16_t;
-  using A = float;
-  static FI_FN T code(A x) { return encode(x); }
-  static FI_FN A value(T x) { return decode(x); }
-};
-
-template <Dtype dtype>
-struct Element;
-template <>
-struct Element<Dtype::f32> : Same<float> {};
-template <>
-struct Element<Dtype::f64> : Same<double> {};
-template <>
-struct Element<Dtype::bf16> : Coded<code_bf16, value_bf16> {};
-template <>
-struct Element<Dtype::f16> : Coded<code_f16, value_f16> {};
-
 // (0, 1] from one word; curand_uniform.
-FI_FN float unit(uint32_t w) { return fma_of(to_float(w), 0x1p-32f, 0x1p-33f); }
+FI_FN float unit(uint32_t w) { return fma(to_float(w), 0x1p-32f, 0x1p-33f); }
 
 // 53 bits of two words, which overlap; curand_uniform_double.
 FI_FN double bits53(uint32_t a, uint32_t b) { return to_double(a ^ uint64_t{b} << 21); }
-FI_FN double unit(uint32_t a, uint32_t b) { return fma_of(bits53(a, b), 0x1p-53, 0x1p-54); }
+FI_FN double unit(uint32_t a, uint32_t b) { return fma(bits53(a, b), 0x1p-53, 0x1p-54); }
 
 // Element `i` of the uniforms of a block.
-FI_FN void uniform_of(const Words& x, int i, float* u) { *u = unit(x.w[i]); }
-FI_FN void uniform_of(const Words& x, int i, double* u) { *u = unit(x.w[2 * i], x.w[2 * i + 1]); }
+FI_FN void uniform_of(const PhiloxWords& x, int i, float* u) { *u = unit(x.w[i]); }
+FI_FN void uniform_of(const PhiloxWords& x, int i, double* u) {
+  *u = unit(x.w[2 * i], x.w[2 * i + 1]);
+}
 
 // logf of CUDA's libdevice, operation by operation, for what `unit` gives: its branches for
 // denormal and infinite arguments are left out, and 2^-23 is part of the constant that the exponent
 // meets.
 FI_FN float log_of(float x) {
-  const uint32_t exponent = (bits_of(x) - 0x3F2AAAABu) & 0xFF800000u;
-  const float f = add(float_of(bits_of(x) - exponent), -1.0f);
-  float p = fma_of(f, float_of(0xBE055027), float_of(0x3E1039F6));
-  p = fma_of(f, p, float_of(0xBDF8CDCC));
-  p = fma_of(f, p, float_of(0x3E0F2955));
-  p = fma_of(f, p, float_of(0xBE2AD8B9));
-  p = fma_of(f, p, float_of(0x3E4CED0B));
-  p = fma_of(f, p, float_of(0xBE7FFF22));
-  p = fma_of(f, p, float_of(0x3EAAAA78));
-  p = fma_of(f, p, -0.5f);
-  p = fma_of(f, mul(f, p), f);
-  return fma_of(to_float(static_cast<int32_t>(exponent)), 0x1p-23f * float_of(0x3F317218), p);
+  const uint32_t exponent = (bits(x) - 0x3F2AAAABu) & 0xFF800000u;
+  const float f = plus(view(bits(x) - exponent), -1.0f);
+  float p = fma(f, view(0xBE055027), view(0x3E1039F6));
+  p = fma(f, p, view(0xBDF8CDCC));
+  p = fma(f, p, view(0x3E0F2955));
+  p = fma(f, p, view(0xBE2AD8B9));
+  p = fma(f, p, view(0x3E4CED0B));
+  p = fma(f, p, view(0xBE7FFF22));
+  p = fma(f, p, view(0x3EAAAA78));
+  p = fma(f, p, -0.5f);
+  p = fma(f, mul(f, p), f);
+  return fma(to_float(static_cast<int32_t>(exponent)), 0x1p-23f * view(0x3F317218), p);
 }
 
 // Two standard normals, sine first; curand_box_muller, whose sine and cosine are the hardware's.
@@ -75,22 +49,22 @@ FI_FN void box_muller(uint32_t a, uint32_t b, float* z) {
   constexpr float kTurn = 0x1p-32f * 6.2831855f;
   const float s = sqrt_of(mul(-2.0f, log_of(unit(a))));
   float sine, cosine;
-  sincos_fast(fma_of(to_float(b), kTurn, kTurn / 2), &sine, &cosine);
+  sincos_fast(fma(to_float(b), kTurn, kTurn / 2), &sine, &cosine);
   z[0] = mul(sine, s);
   z[1] = mul(cosine, s);
 }
 
-FI_FN void box_muller(const Words& x, double* z) {
+FI_FN void box_muller(const PhiloxWords& x, double* z) {
   const double s = sqrt_of(mul(-2.0, log_of(unit(x.w[0], x.w[1]))));
   double sine, cosine;
-  sincospi_of(fma_of(bits53(x.w[2], x.w[3]), 0x1p-52, 0x1p-53), &sine, &cosine);
+  sincospi_of(fma(bits53(x.w[2], x.w[3]), 0x1p-52, 0x1p-53), &sine, &cosine);
   z[0] = mul(sine, s);
   z[1] = mul(cosine, s);
 }
 
 // The first `count` of the normals of a block.
 template <int count>
-FI_FN void normals_of(const Words& x, float* z) {
+FI_FN void normals_of(const PhiloxWords& x, float* z) {
   float pair[2];
   box_muller(x.w[0], x.w[1], pair);
   z[0] = pair[0];
@@ -103,7 +77,7 @@ FI_FN void normals_of(const Words& x, float* z) {
 }
 
 template <int count>
-FI_FN void normals_of(const Words& x, double* z) {
+FI_FN void normals_of(const PhiloxWords& x, double* z) {
   double pair[2];
   box_muller(x, pair);
   z[0] = pair[0];
@@ -120,13 +94,13 @@ struct Uniform {
   explicit FI_FN Uniform(const double* p)
       : from(E::value(E::code(static_cast<A>(p[0])))),
         to(E::value(E::code(static_cast<A>(p[1])))),
-        range(E::value(E::code(add(to, -from)))) {}
+        range(E::value(E::code(plus(to, -from)))) {}
   FI_FN typename E::T value(A u) const {
-    const typename E::T v = E::code(fma_of(u, range, from));
+    const typename E::T v = E::code(fma(u, range, from));
     return E::value(v) == to ? E::code(from) : v;
   }
   template <int count>
-  FI_FN void draw(const Words& x, typename E::T* out) const {
+  FI_FN void draw(const PhiloxWords& x, typename E::T* out) const {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       A u;
@@ -144,11 +118,11 @@ struct Normal {
 
   explicit FI_FN Normal(const double* p) : mean(static_cast<A>(p[0])), std(static_cast<A>(p[1])) {}
   template <int count>
-  FI_FN void draw(const Words& x, typename E::T* out) const {
+  FI_FN void draw(const PhiloxWords& x, typename E::T* out) const {
     A z[kPerBlock<typename E::T>];
     normals_of<count>(x, z);
 #pragma unroll
-    for (int i = 0; i < count; ++i) out[i] = E::code(fma_of(z[i], std, mean));
+    for (int i = 0; i < count; ++i) out[i] = E::code(fma(z[i], std, mean));
   }
 };
 
@@ -168,13 +142,13 @@ struct TruncErfinv {
         lo(static_cast<A>(p[4])),
         hi(static_cast<A>(p[5])) {}
   template <int count>
-  FI_FN void draw(const Words& x, typename E::T* out) const {
+  FI_FN void draw(const PhiloxWords& x, typename E::T* out) const {
     uniform.template draw<count>(x, out);
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       A v = E::value(E::code(erfinv_of(E::value(out[i]))));
       v = E::value(E::code(mul(v, scale)));
-      v = E::value(E::code(add(v, mean)));
+      v = E::value(E::code(plus(v, mean)));
       v = v < lo ? lo : v;
       out[i] = E::code(v > hi ? hi : v);
     }

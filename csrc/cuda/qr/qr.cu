@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The kernels that make orthonormal columns: one for each step, and their launch.
 
-#include "device.h"
-#include "qr_large.h"
+#include "../device.h"
+#include "large.h"
 
 namespace fastinit {
 namespace cuda {
@@ -80,8 +80,8 @@ Kernel kernel_of(QrStep step, const QrArguments& args, uint32_t threads) {
 
 }  // namespace
 
-Status orthonormalize(QrStep step, const QrArguments& args, const QrGrid& grid, int device,
-                      uint64_t stream) {
+Status launch_qr(QrStep step, const QrArguments& args, const QrGrid& grid, int device,
+                 uint64_t stream) {
   // The caller has made the device current for torch's runtime; this one has its own idea of it.
   cudaError_t error = cudaSetDevice(device);
   const Kernel kernel = args.is_double != 0 ? kernel_of<double>(step, args, grid.threads)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The kernel: a grid that stays, over the tiles of all fills of a launch.
 
-#include "grid.h"
+#include "../grid.h"
 #include "tiles.h"
 
 namespace fastinit {
@@ -18,7 +18,8 @@ constexpr int kBlocksPerProcessor = 3;
 
 // The block from which a fill counts. Tiles are handed out in order if any fill waits for another,
 // so what is waited for is in the hands of blocks that run.
-__device__ uint64_t origin_of(const Fill& f, const Source& source, const Progress* progress) {
+__device__ uint64_t origin_of(const FillTiles& f, const PhiloxSource& source,
+                              const Progress* progress) {
   if (f.after < 0) return source.block;
   const volatile Slot* const slot = progress->slots + f.after;
   while (slot->ready == 0) __nanosleep(200);
@@ -26,7 +27,8 @@ __device__ uint64_t origin_of(const Fill& f, const Source& source, const Progres
   return slot->end;
 }
 
-__device__ void count_rounds(const Fill& f, Progress* progress, uint64_t origin, uint32_t rounds) {
+__device__ void count_rounds(const FillTiles& f, Progress* progress, uint64_t origin,
+                             uint32_t rounds) {
   Slot* const slot = progress->slots + f.slot;
   if (rounds != 0) atomicMax(&slot->rounds, rounds);
   __threadfence();
@@ -50,30 +52,22 @@ __device__ uint32_t next_tile(Progress* progress, uint32_t tile) {
 
 // The fill that a block is at. In shared memory it costs the loops no registers.
 struct Current {
-  Fill fill;
+  FillTiles fill;
   uint64_t seed, origin;
 };
 
-__device__ void load(const Arguments& args, uint32_t tile, Progress* progress, Current* now) {
-  const Fill* const fills =
-      args.table != 0 ? reinterpret_cast<const Fill*>(args.table) : args.inlined;
-  const uint64_t* const from =
-      reinterpret_cast<const uint64_t*>(fills + find<kLanes>(fills, args.fills, tile));
-  __syncthreads();  // all lanes are done with the fill before
-  if (threadIdx.x < sizeof(Fill) / 8) {
-    reinterpret_cast<uint64_t*>(&now->fill)[threadIdx.x] = from[threadIdx.x];
-  }
-  __syncthreads();
+__device__ void load(const FillArguments& args, uint32_t tile, Progress* progress, Current* now) {
+  load_fill<kFillLanes>(args, tile, &now->fill);
   if (threadIdx.x == 0) {
-    const Source& source = args.sources[now->fill.source];
+    const PhiloxSource& source = args.sources[now->fill.source];
     now->seed = source.seed;
     now->origin = origin_of(now->fill, source, progress);
   }
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kLanes, kBlocksPerProcessor)
-    fill_kernel(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kFillLanes, kBlocksPerProcessor)
+    fill_kernel(const __grid_constant__ FillArguments args) {
   __shared__ Current now;
   Progress* const progress = reinterpret_cast<Progress*>(args.progress);
   if (threadIdx.x == 0) now.fill.first_tile = now.fill.tiles = 0;
@@ -89,9 +83,9 @@ __global__ void __launch_bounds__(kLanes, kBlocksPerProcessor)
 
 }  // namespace
 
-Status launch(const Arguments& args, int device, uint64_t stream) {
+Status launch_fill(const FillArguments& args, int device, uint64_t stream) {
   static int resident[64] = {};
-  return launch_grid(fill_kernel, kLanes, resident, args, device, stream);
+  return launch_grid(fill_kernel, kFillLanes, resident, args, device, stream);
 }
 
 Status driver() {

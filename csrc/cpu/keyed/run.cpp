@@ -4,16 +4,16 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu.h"
-#include "pages.h"
-#include "threads.h"
+#include "../surface.h"
+#include "../pages.h"
+#include "../threads.h"
 
 namespace fastinit {
 namespace {
 
 constexpr uint64_t kPiece = 1 << 18;  // items between questions for Ctrl-C
 
-double item_cost(const KeyedFill& d) {  // ns on one thread
+double item_cost(const KeyedDesc& d) {  // ns on one thread
   const bool wide = d.dtype == Dtype::f64;
   const bool scattered = d.dim[0].step != 1 || d.dim[0].stride != 1 || d.dim[0].size < 32;
   const double way = scattered ? 3.0 : 0;
@@ -32,7 +32,7 @@ double item_cost(const KeyedFill& d) {  // ns on one thread
 }
 
 // First byte and the one behind the last.
-std::pair<uint64_t, uint64_t> extent_of(const KeyedFill& d) {
+std::pair<uint64_t, uint64_t> extent_of(const KeyedDesc& d) {
   int64_t last = 0;
   for (int k = 0; k < d.rank; ++k) last += (d.dim[k].size - 1) * d.dim[k].stride;
   const uint64_t size = static_cast<uint64_t>(element_size(d.dtype));
@@ -41,7 +41,7 @@ std::pair<uint64_t, uint64_t> extent_of(const KeyedFill& d) {
 
 }  // namespace
 
-bool run_keyed(const Target& target, const KeyedFill* fills, int64_t count,
+bool run_keyed(const Target& target, const KeyedDesc* fills, int64_t count,
                const Control& control) {
   uint64_t bytes = 0;
   double total = 0;
@@ -49,7 +49,7 @@ bool run_keyed(const Target& target, const KeyedFill* fills, int64_t count,
   std::vector<char> fresh(static_cast<size_t>(count));
   std::vector<std::pair<uint64_t, uint64_t>> ranges;
   for (int64_t i = 0; i < count; ++i) {
-    const KeyedFill& d = fills[i];
+    const KeyedDesc& d = fills[i];
     bytes += d.items * static_cast<uint64_t>(element_size(d.dtype));
     cost[i] = item_cost(d);
     if (d.op != Op::sparse_mask) {
@@ -72,7 +72,7 @@ bool run_keyed(const Target& target, const KeyedFill* fills, int64_t count,
     const double from = total * worker / threads, to = total * (worker + 1) / threads;
     double before = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const KeyedFill& d = fills[i];
+      const KeyedDesc& d = fills[i];
       const double whole = cost[i] * static_cast<double>(d.items);
       const auto cut = [&](double at) {  // to whole cache lines
         if (at <= before) return uint64_t{0};
@@ -83,7 +83,7 @@ bool run_keyed(const Target& target, const KeyedFill* fills, int64_t count,
       const uint64_t end = worker + 1 == threads ? d.items : cut(to);
       for (uint64_t begin = cut(from); begin < end; begin += kPiece) {
         if (interrupt.raised(worker)) return;
-        target.fill_keyed(d, begin, std::min(end, begin + kPiece), large && !fresh[i]);
+        target.keyed(d, begin, std::min(end, begin + kPiece), large && !fresh[i]);
       }
       before += whole;
     }

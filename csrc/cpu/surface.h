@@ -4,10 +4,10 @@
 
 #include <cstdint>
 
-#include "../keyed.h"
-#include "../plan.h"
-#include "jump.h"
-#include "qr.h"
+#include "../keyed_desc.h"
+#include "../fill_desc.h"
+#include "fill/jump.h"
+#include "qr/qr.h"
 
 namespace fastinit {
 
@@ -15,7 +15,7 @@ namespace fastinit {
 // the state the window was opened on; x[i] is word base + i, not yet tempered.
 struct Words {
   static constexpr uint32_t kState = 624;
-  static constexpr uint32_t kCapacity = 4 * kState;  // 10 KB: half of the smallest L1 cache
+  static constexpr uint32_t kCapacity = 4 * kState;  // 10 KB: a third of an L1 cache of 32 KB
   static constexpr uint32_t kPad = 32;               // vectors may read and write past the end
   alignas(64) uint32_t x[kCapacity + kPad];
   uint64_t base;
@@ -38,12 +38,12 @@ struct Target {
   // One round of trunc_normal_ on items [begin, end): the first writes all of them and marks in
   // `pending` (one bit per item) those outside the bounds, later ones rewrite marked items.
   // Returns how many are still pending.
-  uint64_t (*trunc_round)(const FillDesc&, Words& words, uint64_t begin, uint64_t end,
-                          uint16_t* pending, bool first_round);
+  uint64_t (*trunc)(const FillDesc&, Words& words, uint64_t begin, uint64_t end, uint16_t* pending,
+                    bool first_round);
   // As one of the team that works on a matrix. False: abandoned.
-  bool (*orthonormalize)(const MatrixDesc&, void* work, Team&, int worker);
+  bool (*qr)(const QrDesc&, void* work, Team&, int worker);
   // Writes items [begin, end) of a keyed fill.
-  void (*fill_keyed)(const KeyedFill&, uint64_t begin, uint64_t end, bool stream);
+  void (*keyed)(const KeyedDesc&, uint64_t begin, uint64_t end, bool stream);
 };
 
 const Target* targets(int* count);            // the compiled ones, best first
@@ -62,13 +62,13 @@ struct Source {
 
 // Runs fills that touch different memory. False if interrupted: then the tensors are partly written
 // and the sources as before.
-bool run_fills(const Target&, const FillDesc*, int64_t count, Source*, int64_t source_count,
-               const Control&);
+bool run_fill(const Target&, const FillDesc*, int64_t count, Source*, int64_t source_count,
+              const Control&);
 // Runs one trunc_normal fill. Returns how often torch draws the whole tensor; 0 if interrupted.
 uint64_t run_trunc(const Target&, const FillDesc&, TorchState*, const Control&);
 
 // Runs keyed fills that touch different memory. False if interrupted: they are partly written.
-bool run_keyed(const Target&, const KeyedFill*, int64_t count, const Control&);
+bool run_keyed(const Target&, const KeyedDesc*, int64_t count, const Control&);
 
 // Moves a generator on by so many words.
 void advance(const Target&, TorchState*, uint64_t words);

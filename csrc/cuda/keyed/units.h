@@ -4,8 +4,8 @@
 
 #include <type_traits>
 
-#include "keyed_launch.h"
-#include "lanes.h"
+#include "launch.h"
+#include "../lanes.h"
 
 namespace fastinit {
 namespace cuda {
@@ -26,14 +26,14 @@ FI_FN void store_one(uint64_t to, const Pack& pack, int i, double) {
   cuda::store(to, view64(static_cast<uint64_t>(pack.x[2 * i + 1]) << 32 | pack.x[2 * i]));
 }
 FI_FN void store_one(uint64_t to, const Pack& pack, int i, float) {
-  cuda::store(to, float_of(pack.x[i]));
+  cuda::store(to, view(pack.x[i]));
 }
 FI_FN void store_one(uint64_t to, const Pack& pack, int i, uint16_t) {
   cuda::store(to, static_cast<uint16_t>(pack.x[i / 2] >> i % 2 * 16));
 }
 
 // Where a unit lies and which of its elements are there.
-struct Place {
+struct UnitPlace {
   uint64_t index;  // of element 0 in the whole parameter, whether it is there or not
   uint64_t to;     // where element 0 is written, or would be
   int64_t stride;  // bytes between elements
@@ -47,7 +47,7 @@ struct Drawn {
   Law law;
   uint64_t key;
 
-  FI_FN explicit Drawn(const KeyedFill& f) : law(f.p), key(f.key) {}
+  FI_FN explicit Drawn(const KeyedDesc& f) : law(f.p), key(f.key) {}
   FI_FN void block(uint64_t number, F* x) const {
     W w[4];
     philox(key, number, upper(number), 0, w);
@@ -111,7 +111,7 @@ struct Known {
     }
     return pack;
   }
-  FI_FN explicit Known(const KeyedFill& f)
+  FI_FN explicit Known(const KeyedDesc& f)
       : values(everywhere(f.p[0])), diagonal(f.diagonal), has_ones(f.op == Op::diagonal) {}
 
   // The place of a row's one, or what no place is.
@@ -149,8 +149,8 @@ struct Known {
   }
 };
 
-FI_FN Place find_unit(const KeyedTiles& tiles, uint32_t number, uint32_t size) {
-  const KeyedFill& f = tiles.fill;
+FI_FN UnitPlace find_unit(const KeyedTiles& tiles, uint32_t number, uint32_t size) {
+  const KeyedDesc& f = tiles.fill;
   const uint32_t of_unit = 16 / size;
   uint64_t index = f.index, in_row = 0;
   int64_t offset = 0;
@@ -172,7 +172,7 @@ FI_FN Place find_unit(const KeyedTiles& tiles, uint32_t number, uint32_t size) {
   const uint64_t before = in_row * of_unit;                      // elements of units before
   const uint64_t end = lead + (tiles.is_row ? static_cast<uint64_t>(f.dim[0].size) : 1);
   offset += (static_cast<int64_t>(before) - static_cast<int64_t>(lead)) * stride;
-  Place u;
+  UnitPlace u;
   u.index = index - lead + before;
   u.to = f.address + static_cast<uint64_t>(offset * static_cast<int64_t>(size));
   u.stride = stride * static_cast<int64_t>(size);
@@ -188,10 +188,10 @@ FI_FN void write_units(const KeyedTiles& tiles, const What& prepared, uint32_t t
                        uint32_t lane) {
   using T = typename Stored<dtype>::T;
   constexpr uint32_t kUnit = Stored<dtype>::kUnit;
-  constexpr uint32_t kTile = kKeyedLanes * kUnitsPerLane;
+  constexpr uint32_t kTileUnits = kKeyedLanes * kUnitsPerLane;
   const What what = prepared;
-  if (tiles.is_dense != 0 && uint64_t{tile + 1} * kTile * kUnit <= tiles.fill.items) {
-    const uint64_t first = uint64_t{tile} * kTile + lane;
+  if (tiles.is_dense != 0 && uint64_t{tile + 1} * kTileUnits * kUnit <= tiles.fill.items) {
+    const uint64_t first = uint64_t{tile} * kTileUnits + lane;
     constexpr int kUnroll = sizeof(T) == 4 ? 2 : 1;  // 8 elements at a time; more would spill
     constexpr uint32_t kBlocks = kUnit / Stored<dtype>::kPerBlock;
     uint64_t to = tiles.fill.address + first * 16;
@@ -206,9 +206,9 @@ FI_FN void write_units(const KeyedTiles& tiles, const What& prepared, uint32_t t
   }
 #pragma unroll 1
   for (uint32_t k = 0; k < kUnitsPerLane; ++k) {
-    const uint32_t number = tile * kTile + k * kKeyedLanes + lane;
+    const uint32_t number = tile * kTileUnits + k * kKeyedLanes + lane;
     if (number >= tiles.units) return;
-    const Place u = find_unit(tiles, number, sizeof(T));
+    const UnitPlace u = find_unit(tiles, number, sizeof(T));
     if (u.begin >= u.end) continue;
     const Pack pack = what.unit(u.index / Stored<dtype>::kPerBlock, u.begin, u.end);
     if (u.begin == 0 && u.end == kUnit && u.stride == sizeof(T) && u.to % 16 == 0) {
@@ -243,27 +243,18 @@ FI_FN void with_law(Op op, const Job& job) {
     case Op::trunc_normal:
       return job.template go<
           dtype, Drawn<dtype, std::conditional_t<kDouble, KeyedTruncated64, KeyedTruncated>>>();
-    default:  // constant and diagonal; cuda_keyed.py sends nothing else
+    default:  // constant and diagonal; cuda/keyed.py sends nothing else
       return job.template go<dtype, Known<dtype>>();
   }
 }
 
 template <class Job>
-FI_FN void with_kind(const KeyedFill& f, const Job& job) {
-  switch (f.dtype) {
-    case Dtype::f32:
-      return with_law<Dtype::f32>(f.op, job);
-    case Dtype::f64:
-      return with_law<Dtype::f64>(f.op, job);
-    case Dtype::bf16:
-      return with_law<Dtype::bf16>(f.op, job);
-    default:
-      return with_law<Dtype::f16>(f.op, job);
-  }
+FI_FN void with_kind(const KeyedDesc& f, const Job& job) {
+  as_dtype(f.dtype, [&](auto dtype) { with_law<decltype(dtype)::value>(f.op, job); });
 }
 
 struct Prepare {
-  const KeyedFill& fill;
+  const KeyedDesc& fill;
   Prepared* to;
   template <Dtype dtype, class What>
   FI_FN void go() const {
@@ -285,7 +276,7 @@ struct Write {
 }  // namespace keyed
 
 // What is the same for all tiles of a fill; by one lane.
-FI_FN void prepare(const KeyedFill& f, keyed::Prepared* to) {
+FI_FN void prepare(const KeyedDesc& f, keyed::Prepared* to) {
   keyed::with_kind(f, keyed::Prepare{f, to});
 }
 

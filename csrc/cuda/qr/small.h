@@ -2,7 +2,7 @@
 // A matrix that fits into the shared memory of one block: read, factored, formed, written.
 #pragma once
 
-#include "laws.h"
+#include "../target.h"
 #include "reflect.h"
 
 namespace fastinit {
@@ -85,7 +85,7 @@ FI_FN void orthonormalize_small(const Block& block, const QrArguments& args, uin
       const uint32_t slow = e / job.cols, rest = e - slow * job.cols;
       const uint32_t i = wide ? rest : slow, j = wide ? slow : rest;
       T q = a.at(i, j);
-      if (j == 0) q = fma_of(first, q, i == 0 ? T(1) : T(0));
+      if (j == 0) q = fma(first, q, i == 0 ? T(1) : T(0));
       store_result(job, e, mul(mul(q, sign_of(s->beta[j])), gain));
     }
   });

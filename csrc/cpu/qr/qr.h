@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "../plan.h"
+#include "../../fill_desc.h"
 
 namespace fastinit {
 
@@ -14,7 +14,7 @@ struct Control;
 class Interrupt;
 
 // gain times the orthogonal factor of a Gaussian matrix. As fastinit/cpu/qr.py packs it.
-struct MatrixDesc {
+struct QrDesc {
   uint64_t gaussian;   // rows * cols floats, doubles for f64; of direct ones see qr.inl.h
   uint64_t out;        // rows * cols elements; may be the same memory
   int64_t rows, cols;  // not 0
@@ -24,7 +24,7 @@ struct MatrixDesc {
   uint8_t direct;  // the reflectors are given, not found by factoring
   uint8_t unused[6];
 };
-FI_LAYOUT(MatrixDesc, FI_FIELD(gaussian), FI_FIELD(out), FI_FIELD(rows), FI_FIELD(cols),
+FI_LAYOUT(QrDesc, FI_FIELD(gaussian), FI_FIELD(out), FI_FIELD(rows), FI_FIELD(cols),
           FI_FIELD(count), FI_FIELD(gain), FI_FIELD(dtype), FI_FIELD(direct), FI_UNUSED(unused));
 
 // The matrix, transposed if it is wide (m >= n), lies in stripes of 128 bytes of columns: a row of
@@ -35,7 +35,7 @@ constexpr int kBlock = 4;  // stripes whose reflectors are applied together, at 
 // Whether it is computed in double. For few columns, where products do not take most of the time,
 // that costs little, and the result is the exact one, rounded.
 constexpr int64_t kFewColumns = 64;
-inline bool is_wide(const MatrixDesc& d) {
+inline bool is_wide(const QrDesc& d) {
   return d.dtype == Dtype::f64 || d.rows <= kFewColumns || d.cols <= kFewColumns;
 }
 
@@ -44,7 +44,7 @@ struct Shape {
   int per_block, stripe;                  // stripes of a block, columns of a stripe
   bool wide;                              // in double
 
-  explicit Shape(const MatrixDesc& d)
+  explicit Shape(const QrDesc& d)
       : m(d.rows < d.cols ? d.cols : d.rows),
         n(d.rows < d.cols ? d.rows : d.cols),
         padded((m + 7) / 8 * 8),
@@ -99,6 +99,6 @@ class Team {
 
 // Writes the matrices, of one each, and marks in `done` which are written. False: interrupted.
 struct Target;
-bool orthonormalize(const Target&, const MatrixDesc*, int64_t count, char* done, const Control&);
+bool run_qr(const Target&, const QrDesc*, int64_t count, char* done, const Control&);
 
 }  // namespace fastinit

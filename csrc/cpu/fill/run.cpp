@@ -6,19 +6,19 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu.h"
+#include "../surface.h"
 #include "cursor.h"
-#include "pages.h"
-#include "threads.h"
+#include "../pages.h"
+#include "../threads.h"
 
 namespace fastinit {
 namespace {
 
-constexpr uint64_t kTile = 4096;      // items; a multiple of 16 and of all vectors
-constexpr uint64_t kSparseTile = 64;  // columns
-constexpr int64_t kCursors = 16;      // of a worker; sources beyond that share them
+constexpr uint64_t kTileItems = 4096;  // items; a multiple of 16 and of all vectors
+constexpr uint64_t kSparseTile = 64;   // columns
+constexpr int64_t kCursors = 16;       // of a worker; sources beyond that share them
 
-uint64_t tile_of(const FillDesc& d) { return d.op == Op::sparse_mask ? kSparseTile : kTile; }
+uint64_t tile_of(const FillDesc& d) { return d.op == Op::sparse_mask ? kSparseTile : kTileItems; }
 
 // The last tile takes the remainder, so that the elements torch draws twice have one owner.
 uint64_t tiles_of(const FillDesc& d) { return std::max<uint64_t>(1, d.items / tile_of(d)); }
@@ -38,6 +38,8 @@ double item_cost(const FillDesc& d) {  // ns on one thread, see cursor.h
       return 14.0;
     case Op::sparse_mask:
       return 2.0 * static_cast<double>(d.sparse.rows);
+    case Op::trunc_erfinv:
+      break;
   }
   return 1.0;
 }
@@ -57,7 +59,7 @@ uint64_t bytes_of(const FillDesc& d) {
   return d.items * static_cast<uint64_t>(element_size(d.dtype));
 }
 
-struct Place {  // in the concatenation of all tiles of all fills
+struct TilePlace {  // in the concatenation of all tiles of all fills
   int64_t fill;
   uint64_t tile;
 };
@@ -77,13 +79,13 @@ class Division {
 
   double total() const { return before_.back(); }
 
-  std::vector<Place> shares(int threads) const {
+  std::vector<TilePlace> shares(int threads) const {
     double low = total() / threads, high = total();
     for (int i = 0; i < 20; ++i) {
       const double middle = (low + high) / 2;
       (cut(threads, middle, nullptr) ? high : low) = middle;
     }
-    std::vector<Place> places;
+    std::vector<TilePlace> places;
     cut(threads, high, &places);
     places.resize(static_cast<size_t>(threads) + 1, end());
     places.back() = end();
@@ -91,9 +93,9 @@ class Division {
   }
 
  private:
-  Place end() const { return {static_cast<int64_t>(before_.size()) - 1, 0}; }
+  TilePlace end() const { return {static_cast<int64_t>(before_.size()) - 1, 0}; }
 
-  Place place(double cost) const {
+  TilePlace place(double cost) const {
     const auto it = std::upper_bound(before_.begin(), before_.end(), cost);
     if (it == before_.end()) return end();
     const int64_t fill = it - before_.begin() - 1;
@@ -102,10 +104,10 @@ class Division {
     return {fill, static_cast<uint64_t>((cost - before_[fill]) / width * tiles)};
   }
 
-  bool cut(int threads, double time, std::vector<Place>* places) const {
+  bool cut(int threads, double time, std::vector<TilePlace>* places) const {
     double cost = 0;
     for (int i = 0; i < threads && cost < total(); ++i) {
-      const Place p = place(cost);
+      const TilePlace p = place(cost);
       if (places != nullptr) places->push_back(p);
       const FillDesc& d = fills_[p.fill];
       double seek = 0;
@@ -124,8 +126,8 @@ class Division {
 
 }  // namespace
 
-bool run_fills(const Target& target, const FillDesc* fills, int64_t count, Source* sources,
-               int64_t source_count, const Control& control) {
+bool run_fill(const Target& target, const FillDesc* fills, int64_t count, Source* sources,
+              int64_t source_count, const Control& control) {
   uint64_t bytes = 0;
   std::vector<char> fresh(static_cast<size_t>(count));
   std::vector<std::pair<uint64_t, uint64_t>> ranges;
@@ -139,7 +141,7 @@ bool run_fills(const Target& target, const FillDesc* fills, int64_t count, Sourc
   const bool large = bytes >= kStreamBytes;
   const Division division(fills, count, fresh);
   const int threads = worth_threads(division.total(), control);
-  const std::vector<Place> places = division.shares(threads);
+  const std::vector<TilePlace> places = division.shares(threads);
 
   Interrupt interrupt(control);
   std::vector<double> cached(static_cast<size_t>(count));
@@ -152,7 +154,7 @@ bool run_fills(const Target& target, const FillDesc* fills, int64_t count, Sourc
   parallel(threads, [&](int worker) {
     Words unused;
     unused.pos = unused.end = 0;
-    const Place from = places[worker], to = places[worker + 1];
+    const TilePlace from = places[worker], to = places[worker + 1];
     for (int64_t f = from.fill; f <= to.fill && f < count; ++f) {
       const FillDesc& d = fills[f];
       const uint64_t tile = tile_of(d), tiles = tiles_of(d);
@@ -215,11 +217,11 @@ uint64_t run_trunc(const Target& target, const FillDesc& d, TorchState* state,
   std::vector<std::vector<Cursor>> cursors(static_cast<size_t>(threads));
   parallel(threads, [&](int worker) {
     std::vector<Cursor>& rounds = cursors[worker];
-    std::vector<uint16_t> pending((kChunk + 2) * kTile / 16);
+    std::vector<uint16_t> pending((kChunk + 2) * kTileItems / 16);
     const uint64_t stop = tiles * (worker + 1) / threads;
     for (uint64_t tile = tiles * worker / threads; tile < stop; tile += kChunk) {
       const uint64_t until = std::min(stop, tile + kChunk);
-      const uint64_t begin = tile * kTile, end = until == tiles ? d.items : until * kTile;
+      const uint64_t begin = tile * kTileItems, end = until == tiles ? d.items : until * kTileItems;
       uint64_t left = 1;
       for (size_t round = 0; left != 0; ++round) {
         if (interrupt.raised(worker)) return;
@@ -231,7 +233,7 @@ uint64_t run_trunc(const Target& target, const FillDesc& d, TorchState* state,
           }
         }
         Words& w = rounds[round].at(state, start + round * round_words + begin * per_item);
-        left = target.trunc_round(d, w, begin, end, pending.data(), round == 0);
+        left = target.trunc(d, w, begin, end, pending.data(), round == 0);
       }
     }
   });
