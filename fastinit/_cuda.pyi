@@ -14,7 +14,7 @@ QR_JOB_SIZE: int
 SLOT_SIZE: int
 STEPS: dict[str, int]
 
-def run(
+def run_fill(
     fills: bytes,
     table: int,
     count: int,

@@ -25,7 +25,7 @@ void unlocked(const Work& work) {
   if (status.code != 0) throw std::runtime_error(std::string("fastinit: CUDA: ") + status.message);
 }
 
-void run(const py::bytes& fills, uint64_t table, uint32_t count, uint32_t tiles,
+void run_fill(const py::bytes& fills, uint64_t table, uint32_t count, uint32_t tiles,
          const py::bytes& sources, uint64_t progress, int device, uint64_t stream) {
   const std::string_view inlined = fills, from = sources;
   FillArguments args = {};
@@ -115,7 +115,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("MOST_SOURCES") = kMostSources;
   m.attr("COMPILER") = FASTINIT_NVCC;
   m.attr("ARCHITECTURES") = FASTINIT_ARCHITECTURES;
-  m.def("run", &run, pybind11::arg("fills"), pybind11::arg("table"), pybind11::arg("count"),
+  m.def("run_fill", &run_fill, pybind11::arg("fills"), pybind11::arg("table"), pybind11::arg("count"),
         pybind11::arg("tiles"), pybind11::arg("sources"), pybind11::arg("progress"),
         pybind11::arg("device"), pybind11::arg("stream"));
   m.attr("KEYED_SIZE") = sizeof(fastinit::KeyedDesc);
@@ -129,6 +129,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("run_qr", &run_qr, pybind11::arg("step"), pybind11::arg("packed"), pybind11::arg("x"),
         pybind11::arg("y"), pybind11::arg("threads"), pybind11::arg("shared"),
         pybind11::arg("device"), pybind11::arg("stream"));
+  m.attr("run") = m.attr("run_fill");
   m.def("most_shared", &shared_of, pybind11::arg("device"));
   m.def("why_no_driver", &why_no_driver);
 }

@@ -69,7 +69,7 @@ native_fills = 0  # how many fills the compiled modules have done in this proces
 def run(packed: bytes, states: list[int], words_drawn: list[int]) -> None:
     """Run packed fills of CPU memory; `states` are addresses of generator states, advanced."""
     global native_fills
-    _cpu.run(packed, states, words_drawn, torch.get_num_threads())
+    _cpu.run_fill(packed, states, words_drawn, torch.get_num_threads())
     native_fills += len(packed) // _cpu.FILL_SIZE
 
 
@@ -90,7 +90,7 @@ def run_keyed(packed: bytes) -> None:
 
 def orthonormalize(packed: bytes, written: bytearray) -> None:
     """Write packed matrices of CPU memory; `written` gets a byte for each that is."""
-    _cpu.orthonormalize(packed, written, torch.get_num_threads())
+    _cpu.run_qr(packed, written, torch.get_num_threads())
 
 
 def advance(state: int, to: int, words: int) -> None:

@@ -79,7 +79,7 @@ def run(
     device: int,
 ) -> None:
     """Launch `count` packed fills, given as bytes or an address, on the current stream."""
-    _launch(kernels._cuda.run, device, fills, table, count, tiles, sources, progress)
+    _launch(kernels._cuda.run_fill, device, fills, table, count, tiles, sources, progress)
     kernels.native_fills += count
 
 

@@ -38,7 +38,7 @@ OWNERS = {
     r"\.data_ptr\b": {"core/geometry.py", "core/source.py"},  # source: its copy of a state
     r"\.(get|set)_state\(": {"core/source.py", "probe.py"},  # probe makes and lends generators
     r"\.(get|set)_offset\(": {"core/source.py"},
-    r"_cpu\.(run|advance|orthonormalize)": {"core/kernels.py"},
+    r"_cpu\.(run|advance)": {"core/kernels.py"},
     r"_cuda\.(run|most_shared)": {"cuda/runtime.py"},
 }
 

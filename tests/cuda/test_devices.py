@@ -360,7 +360,7 @@ def test_fills_on_two_gpus(way: str, shared: bool, gpu: Gpu) -> None:
 
 @only_hardware
 def test_errors_of_a_launch_are_raised(gpu: Gpu) -> None:
-    run, size = kernels._cuda.run, kernels._cuda.FILL_SIZE
+    run, size = kernels._cuda.run_fill, kernels._cuda.FILL_SIZE
     for fills, count in ((bytes(3), 1), (bytes(size), 2), (bytes(size * 26), 26)):
         with pytest.raises(ValueError, match="not a packed launch"):
             run(fills, 0, count, 1, bytes(16), 0, 0, 0)
@@ -380,7 +380,7 @@ def test_errors_of_a_launch_surface(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -
     def elsewhere(*args: Any) -> None:
         if gpu.sim is not None:
             raise RuntimeError("CUDA: no such device")
-        kernels._cuda.run(*args[:-1], torch.cuda.device_count(), 0)
+        kernels._cuda.run_fill(*args[:-1], torch.cuda.device_count(), 0)
 
     t, made = gpu.full(5000), fastinit.Plan()
     fastinit.normal_(t)
