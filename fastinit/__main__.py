@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from fastinit.cli import info
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastinit", description=__doc__)
+    is_module = sys.argv[0].endswith("fastinit/__main__.py")
+    called = "python -m fastinit" if is_module else "fastinit"
+    parser = argparse.ArgumentParser(prog=called, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", help="compare every bit of models initialised with torch and here")
     commands.add_parser("info", help="print versions and what was built")
@@ -27,9 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. Only what the command needs is imported."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(words)
     if arguments.command == "info":
         return info.info()
     if getattr(arguments, "device", "cpu") == "cuda":

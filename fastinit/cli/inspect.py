@@ -58,7 +58,7 @@ def main(target: str, seed: int | None = None, plot: str | None = None, meta: bo
     except Refused as refused:
         if refused.__cause__ is not None:
             traceback.print_exception(refused.__cause__)
-        print(f"python -m fastinit inspect: {refused}", file=sys.stderr)
+        print(f"fastinit inspect: {refused}", file=sys.stderr)
         return 2
     wrong = any(line.off or line.is_unwritten for line in lines)
     return 1 if wrong else 0

@@ -42,7 +42,7 @@ def test_a_model_agrees_with_torch(load: Callable) -> None:
     load("cpu").resnet().check()
 
 
-def test_matrices_agree_with_torch(load: Callable) -> None:
+def test_matrices_agree_with_torch(load: Callable, one_thread: None) -> None:
     load("orthogonal").orthogonal([(3, 20, 20)], False, 1).check()
     load("orthogonal").orthogonal([(20, 7), (5, 20)], False, 1).check()
     load("orthogonal").orthogonal([(20, 7), (5, 20)], True, 1).measure()
@@ -58,7 +58,7 @@ def test_a_shard_agrees_with_the_whole(
         load("keyed").shard((8, 64), (60, 0), 1).check()
 
 
-def test_constructions_are_compared(load: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_constructions_are_compared(load: Callable, one_thread: None) -> None:
     construction = load("construction")
     made = construction.case(lambda: nn.Linear(90, 100), 1.0, rounds=2, calls=2)
     assert list(made.measure()) == ["eager", "fused", "memory"]
@@ -138,7 +138,7 @@ class Event:
 
 
 @pytest.fixture
-def gpu(load: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def gpu(load: Callable, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[ModuleType]:
     """benchmarks/gpu.py with small cases."""
     gpu = load("gpu")
     properties = SimpleNamespace(
@@ -164,7 +164,7 @@ def gpu(load: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]
         built = SimpleNamespace(COMPILER="nvcc 0", ARCHITECTURES="", why_no_driver=lambda: "none")
         monkeypatch.setattr(kernels, "_cuda", built)
         cases = {name: make for name, make in gpu.CASES.items() if name.endswith("2^28")}
-        cases["3 of 150"] = lambda: gpu.orthogonal(3, 150, "4 x", "")
+        cases["3 of 40"] = lambda: gpu.orthogonal(3, 40, "4 x", "")
         cases["a model"] = lambda: gpu.model(
             lambda: nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7)),
             *(gpu.of_transformer, "30 x", "", ""),
@@ -193,7 +193,7 @@ def test_gpu_table_and_file(
     cases = [row["case"] for row in written["rows"]]
     assert cases[:1] == ["uniform_ float32, 2^28"]
     assert cases[-5:] == [
-        *("3 of 150: factored", "3 of 150: without factoring", "a model: plan.run()"),
+        *("3 of 40: factored", "3 of 40: without factoring", "a model: plan.run()"),
         *("a model: init_model_", "a model: until plan.run() returns"),
     ]
     assert len(cases) == len(gpu.LAWS) + 5
