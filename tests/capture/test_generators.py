@@ -10,19 +10,19 @@ import torch
 import torch.nn.init as torch_init
 from torch import nn
 
-from tests.support.blocks import Block, Cases, N, compare, same
 from tests.support.compare import (
     BF16,
     F64,
     attempt,
 )
+from tests.support.scopes import Cases, N, Scope, compare, same
 
 case = Cases()
 
 
 @case
-def states_after_each_fill(b: Block) -> Any:
-    w, states = b.empty(40, 30), []
+def states_after_each_fill(s: Scope) -> Any:
+    w, states = s.empty(40, 30), []
     for size in (1, 15, 16, 17, 400, 623, 624, 625, 1200):
         for dtype in (torch.float32, F64, BF16):
             v = torch.empty(size, dtype=dtype)
@@ -37,8 +37,8 @@ def states_after_each_fill(b: Block) -> Any:
 
 
 @case
-def states_are_set(b: Block) -> Any:
-    w, v = b.empty(40, 30).normal_(), b.empty(40, 30)
+def states_are_set(s: Scope) -> Any:
+    w, v = s.empty(40, 30).normal_(), s.empty(40, 30)
     state = torch.get_rng_state()
     w.uniform_()
     torch.set_rng_state(state)
@@ -50,14 +50,14 @@ def states_are_set(b: Block) -> Any:
     torch.default_generator.set_state(state)
     v[20:].normal_()
     torch.random.default_generator.set_state(state)
-    u = b.empty(41).uniform_()
+    u = s.empty(41).uniform_()
     torch.random.manual_seed(7)
     return w, v, u, torch.random.initial_seed(), torch.rand(3)
 
 
 @case
-def forks_of_the_generator(b: Block) -> Any:
-    made, w = [], b.empty(40, 30)
+def forks_of_the_generator(s: Scope) -> Any:
+    made, w = [], s.empty(40, 30)
     for i in range(4):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(100 + i % 2)
@@ -70,40 +70,40 @@ def forks_of_the_generator(b: Block) -> Any:
 
 
 @case
-def explicit_generators(b: Block) -> Any:
-    w, v, other = b.empty(40, 30), b.empty(41), torch.Generator().manual_seed(8)
-    w.normal_(generator=b.g)
-    seen = [b.g.get_state(), b.g.initial_seed()]
+def explicit_generators(s: Scope) -> Any:
+    w, v, other = s.empty(40, 30), s.empty(41), torch.Generator().manual_seed(8)
+    w.normal_(generator=s.g)
+    seen = [s.g.get_state(), s.g.initial_seed()]
     w[3].uniform_(generator=other)
     v.uniform_(generator=torch.default_generator)
     copy = other.clone_state()
     w[4:].normal_(generator=copy)
     v[:20].normal_(generator=other)
-    b.g.set_state(other.get_state())
-    w[9:].uniform_(generator=b.g)
+    s.g.set_state(other.get_state())
+    w[9:].uniform_(generator=s.g)
     other.manual_seed(3)
     torch_init.trunc_normal_(w[20:], generator=other)
     torch_init.normal_(v[7:30], generator=torch.default_generator)
     shared = torch.Generator()
-    shared.graphsafe_set_state(b.g) if attempt(shared.graphsafe_set_state, b.g)[1] == "" else None
+    shared.graphsafe_set_state(s.g) if attempt(shared.graphsafe_set_state, s.g)[1] == "" else None
     u = torch.empty(400).normal_(generator=shared)
     return w, v, u, seen, [g.get_state() for g in (other, copy, shared)]
 
 
 @case
-def generators_that_die(b: Block) -> Any:
+def generators_that_die(s: Scope) -> Any:
     made = []
     for seed in range(30):
         g = torch.Generator().manual_seed(seed)
         made.append(torch.empty(400).normal_(generator=g))
         made.append(torch.rand(40, 30, generator=g))
         del g
-    return made, b.empty(3).zero_()
+    return made, s.empty(3).zero_()
 
 
 @case
-def draws_between(b: Block) -> Any:
-    w, seen = b.empty(40, 30).normal_(), []
+def draws_between(s: Scope) -> Any:
+    w, seen = s.empty(40, 30).normal_(), []
     seen += [torch.randperm(50), torch.nn.functional.dropout(torch.ones(400), 0.5)]
     w.uniform_()
     seen += [torch.randint(9, (5,)), torch.multinomial(torch.ones(9), 3), torch.rand(3)]
@@ -120,14 +120,14 @@ def draws_between(b: Block) -> Any:
 
 
 @case
-def kept_normals(b: Block) -> Any:
+def kept_normals(s: Scope) -> Any:
     """Small and strided normals leave the second of a pair in the generator."""
-    w, seen = b.empty(40, 30), []
+    w, seen = s.empty(40, 30), []
     for i in range(12):
         w[i, : 2 * i + 1].normal_()
         w[12:].normal_()
         w[i].uniform_()
-        w[:, i].normal_(generator=b.g)
+        w[:, i].normal_(generator=s.g)
         seen += [torch.get_rng_state(), torch.randn(1).item()]
     w[:12].zero_()
     return w, seen

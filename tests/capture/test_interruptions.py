@@ -16,12 +16,12 @@ import torch
 import fastinit
 from fastinit import execute
 from fastinit.core import kernels, recording
-from tests.support.blocks import N
 from tests.support.compare import (
     BF16,
     F64,
     bits,
 )
+from tests.support.scopes import N
 
 
 def pending() -> list[torch.Tensor]:
@@ -84,12 +84,12 @@ def test_interrupted_writing(
     found: list[torch.Tensor] = []
     torch.manual_seed(3)
     if where == "end":
-        block = fastinit.fused()
-        report = block.__enter__()
+        scope = fastinit.fused()
+        report = scope.__enter__()
         found += pending()
         raised = once(monkeypatch, owner, function, after, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
-            block.__exit__(None, None, None)
+            scope.__exit__(None, None, None)
     else:
         with fastinit.fused() as report:
             found += pending()

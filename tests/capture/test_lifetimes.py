@@ -20,7 +20,6 @@ from torch.profiler import ProfilerActivity, profile
 import fastinit
 from fastinit import fused, init_model_, materialize_
 from fastinit.core import recording
-from tests.support.blocks import N, each
 from tests.support.compare import (
     F32,
 )
@@ -28,6 +27,7 @@ from tests.support.reports import (
     each_seed,
     on_meta,
 )
+from tests.support.scopes import N, each
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, F32])

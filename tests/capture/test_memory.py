@@ -12,15 +12,15 @@ import torch
 import torch.nn.init as torch_init
 from torch import nn
 
-from tests.support.blocks import Block, Cases, compare_in_process
 from tests.support.compare import BF16, F64
+from tests.support.scopes import Cases, Scope, compare_in_process
 
 DANGEROUS = Cases()  # a late fill would write to freed memory
 
 
 @DANGEROUS
-def data_is_replaced(b: Block) -> Any:
-    p, q = nn.Parameter(b.empty(40, 30)), nn.Parameter(b.empty(41))
+def data_is_replaced(s: Scope) -> Any:
+    p, q = nn.Parameter(s.empty(40, 30)), nn.Parameter(s.empty(41))
     torch_init.normal_(p)
     p.data = torch.full((40, 30), 2.0)
     torch_init.normal_(p.data[3:])
@@ -28,7 +28,7 @@ def data_is_replaced(b: Block) -> Any:
     torch_init.uniform_(q)
     q.data = torch.ones(3)
     torch_init.normal_(q)
-    r = nn.Parameter(b.empty(4000).normal_())
+    r = nn.Parameter(s.empty(4000).normal_())
     r.data = r.data.double()
     r.data = r.data[:5]
     torch_init.uniform_(r)
@@ -37,8 +37,8 @@ def data_is_replaced(b: Block) -> Any:
 
 
 @DANGEROUS
-def tensors_are_swapped(b: Block) -> Any:
-    one, two = nn.Parameter(b.empty(4000)), nn.Parameter(b.empty(9))
+def tensors_are_swapped(s: Scope) -> Any:
+    one, two = nn.Parameter(s.empty(4000)), nn.Parameter(s.empty(9))
     torch_init.normal_(one)
     torch.utils.swap_tensors(one, two)
     torch_init.uniform_(two)
@@ -53,36 +53,36 @@ def tensors_are_swapped(b: Block) -> Any:
 
 
 @DANGEROUS
-def tensors_are_resized(b: Block) -> Any:
-    w = b.empty(40, 30).normal_()
+def tensors_are_resized(s: Scope) -> Any:
+    w = s.empty(40, 30).normal_()
     w.resize_(10, 3)
     w.uniform_()
     w.resize_(90, 80).normal_()
-    v = b.empty(41).normal_()
+    v = s.empty(41).normal_()
     v.resize_(400)[41:].zero_()
-    u = b.empty(400).uniform_().resize_as_(torch.zeros(3))
-    return w, v, u, torch.add(u, 1, out=b.empty(0))
+    u = s.empty(400).uniform_().resize_as_(torch.zeros(3))
+    return w, v, u, torch.add(u, 1, out=s.empty(0))
 
 
 @DANGEROUS
-def tensors_are_set(b: Block) -> Any:
-    w, v = b.empty(40, 30).normal_(), b.empty(41).uniform_()
+def tensors_are_set(s: Scope) -> Any:
+    w, v = s.empty(40, 30).normal_(), s.empty(41).uniform_()
     w.set_(v)
     w[3:].normal_()
     other = torch.empty(0).set_(v.untyped_storage(), 4, (3, 5), (1, 7))
     other.zero_()
-    u = b.empty(4000).normal_()
+    u = s.empty(4000).normal_()
     u.set_(torch.zeros(12))
     u[3:].normal_()
-    third = b.empty(400).normal_()
+    third = s.empty(400).normal_()
     third.set_()
     return w, v, other, u, third.is_set_to(u)
 
 
 @DANGEROUS
-def storages_are_resized(b: Block) -> Any:
+def storages_are_resized(s: Scope) -> Any:
     """As FSDP frees and takes back the memory of parameters."""
-    w, v = b.empty(40, 30).normal_(), b.empty(4000).normal_()
+    w, v = s.empty(40, 30).normal_(), s.empty(4000).normal_()
     size = w.untyped_storage().nbytes()
     w.untyped_storage().resize_(0)
     w.untyped_storage().resize_(size)
@@ -93,8 +93,8 @@ def storages_are_resized(b: Block) -> Any:
 
 
 @DANGEROUS
-def storages_are_written(b: Block) -> Any:
-    w, v, u = b.empty(40, 30).normal_(), b.empty(41).uniform_(), b.empty(40, 30).uniform_()
+def storages_are_written(s: Scope) -> Any:
+    w, v, u = s.empty(40, 30).normal_(), s.empty(41).uniform_(), s.empty(40, 30).uniform_()
     w.untyped_storage().fill_(0)
     w[3].normal_()
     w.untyped_storage()[4] = 7
@@ -107,7 +107,7 @@ def storages_are_written(b: Block) -> Any:
 
 
 @DANGEROUS
-def memory_is_freed_and_used_again(b: Block) -> Any:
+def memory_is_freed_and_used_again(s: Scope) -> Any:
     """A late fill would hit whoever has the memory then."""
     kept = []
     for i in range(400):
@@ -119,17 +119,17 @@ def memory_is_freed_and_used_again(b: Block) -> Any:
     parameters = [nn.Parameter(torch.empty(400).uniform_()) for _ in range(50)]
     for p in parameters[::2]:
         p.data = torch.arange(3.0)
-    return kept, parameters, b.empty(3).zero_()
+    return kept, parameters, s.empty(3).zero_()
 
 
 @DANGEROUS
-def fills_of_freed_windows(b: Block) -> Any:
-    w = b.empty(4000).zero_()
+def fills_of_freed_windows(s: Scope) -> Any:
+    w = s.empty(4000).zero_()
     window = w[3000:]
     window.normal_()
     w.resize_(10)
     del window
-    v = b.empty(40, 30).normal_()
+    v = s.empty(40, 30).normal_()
     row = v[39]
     v.data = v.data[:2].clone()
     row.uniform_()
@@ -137,12 +137,12 @@ def fills_of_freed_windows(b: Block) -> Any:
 
 
 @DANGEROUS
-def grown(b: Block) -> Any:
+def grown(s: Scope) -> Any:
     """A storage whose size is not what it was."""
-    x = b.empty(5000).uniform_()
+    x = s.empty(5000).uniform_()
 
     def more() -> torch.Tensor:
-        t = b.empty(5000)
+        t = s.empty(5000)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.arange(50_000.0, out=t)
@@ -157,7 +157,7 @@ def grown(b: Block) -> Any:
     v[:5000].uniform_()
     torch_init.orthogonal_(v[:4900].view(70, 70))
     made.append(v.clone())
-    torch.arange(60_000.0, 70_000.0, out=b.empty(1).resize_(50_000).zero_()[:10_000])
+    torch.arange(60_000.0, 70_000.0, out=s.empty(1).resize_(50_000).zero_()[:10_000])
     return x, t, u, v, made
 
 

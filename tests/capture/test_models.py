@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import fastinit
-from tests.support.blocks import Block, Cases, compare
 from tests.support.compare import BF16, F16, F64
 from tests.support.models import ZOO
+from tests.support.scopes import Cases, Scope, compare
 
 case = Cases()
 
@@ -29,7 +29,7 @@ SAVED = {name: getattr(torch_init, name) for name in vars(torch_init) if name.en
 
 
 @case
-def modules_of_every_kind(b: Block) -> Any:
+def modules_of_every_kind(s: Scope) -> Any:
     made = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # elements that are not there
@@ -38,13 +38,13 @@ def modules_of_every_kind(b: Block) -> Any:
     for name in ("linear", "conv", "recurrent", "attention", "tied"):
         for p in made[name].parameters():
             torch_init.normal_(p, std=0.02)
-    return made, b.empty(400).zero_()
+    return made, s.empty(400).zero_()
 
 
 @case
-def gpt_style(b: Block) -> Any:
+def gpt_style(s: Scope) -> Any:
     """Defaults, overwritten by apply(), with padding, tied and rescaled."""
-    model = b.make(
+    model = s.make(
         lambda: nn.ModuleDict(
             {
                 "table": nn.Embedding(50, 24, padding_idx=0),
@@ -75,8 +75,8 @@ def gpt_style(b: Block) -> Any:
 
 
 @case
-def lstm_gates(b: Block) -> Any:
-    lstm = b.make(nn.LSTM, 10, 12, 2, bidirectional=True)
+def lstm_gates(s: Scope) -> Any:
+    lstm = s.make(nn.LSTM, 10, 12, 2, bidirectional=True)
     for name, p in lstm.named_parameters():
         if "bias" in name:
             torch_init.zeros_(p)
@@ -91,9 +91,9 @@ def lstm_gates(b: Block) -> Any:
 
 
 @case
-def rescaled(b: Block) -> Any:
+def rescaled(s: Scope) -> Any:
     """muP, fixup, and residual branches."""
-    layers = [b.make(nn.Linear, 24, 24) for _ in range(4)]
+    layers = [s.make(nn.Linear, 24, 24) for _ in range(4)]
     with torch.no_grad():
         for depth, layer in enumerate(layers):
             torch_init.kaiming_normal_(layer.weight, a=1, mode="fan_in")
@@ -107,7 +107,7 @@ def rescaled(b: Block) -> Any:
 
 
 @case
-def every_function_of_init(b: Block) -> Any:
+def every_function_of_init(s: Scope) -> Any:
     made: dict[str, Any] = {}
     for how, functions in (("now", vars(torch_init)), ("saved", SAVED), ("ours", vars(fastinit))):
         for name, args in (
@@ -116,27 +116,27 @@ def every_function_of_init(b: Block) -> Any:
             *(("kaiming_uniform_", ()), ("kaiming_normal_", (0.1, "fan_out")), ("sparse_", (0.3,))),
             *(("orthogonal_", ()), ("trunc_normal_", ()), ("trunc_normal_", (0, 0.02, -2, 2))),
         ):
-            w = b.empty(24, 30).normal_()
+            w = s.empty(24, 30).normal_()
             made[f"{how} {name}{args}"] = w
             returned = functions[name](w, *args)
             assert returned is w
             functions[name](w[3:9], *args)
-    made["dirac"] = torch_init.dirac_(b.empty(6, 3, 5).normal_(), 2)
+    made["dirac"] = torch_init.dirac_(s.empty(6, 3, 5).normal_(), 2)
     return made
 
 
 @case
-def matrices(b: Block) -> Any:
-    wide, tall, square = b.empty(20, 50), b.empty(50, 20), nn.Parameter(b.empty(30, 30))
+def matrices(s: Scope) -> Any:
+    wide, tall, square = s.empty(20, 50), s.empty(50, 20), nn.Parameter(s.empty(30, 30))
     torch_init.orthogonal_(wide, gain=2)
-    torch_init.orthogonal_(tall.uniform_(), generator=b.g)
+    torch_init.orthogonal_(tall.uniform_(), generator=s.g)
     torch_init.eye_(square)
     square.data[3].uniform_()
-    kernel = b.empty(8, 4, 3, 3).normal_()
+    kernel = s.empty(8, 4, 3, 3).normal_()
     torch_init.dirac_(kernel[:4])
-    sparse = torch_init.sparse_(b.empty(40, 30), 0.4, std=0.1)
+    sparse = torch_init.sparse_(s.empty(40, 30), 0.4, std=0.1)
     sparse[:, 3].zero_()
-    return wide, tall, square, kernel, sparse, torch_init.orthogonal_(b.empty(5, 4, 3, 3))
+    return wide, tall, square, kernel, sparse, torch_init.orthogonal_(s.empty(5, 4, 3, 3))
 
 
 # ---- tutorials on weight initialisation ----
@@ -155,7 +155,7 @@ class DigitNet(nn.Module):
 
 
 @case
-def tutorials(b: Block) -> Any:
+def tutorials(s: Scope) -> Any:
     """By isinstance, by data, by functions; with a look at the statistics in between."""
 
     def by_function(m: nn.Module) -> None:
@@ -171,7 +171,7 @@ def tutorials(b: Block) -> Any:
             m.weight.data.normal_(0.0, 1 / m.in_features**0.5)
             m.bias.data.zero_()
 
-    nets = [b.make(DigitNet) for _ in range(3)]
+    nets = [s.make(DigitNet) for _ in range(3)]
     for net, function in zip(nets, (by_function, by_data)):
         net.apply(function)
     for law in (torch_init.zeros_, torch_init.ones_, torch_init.uniform_, torch_init.normal_):
@@ -184,9 +184,9 @@ def tutorials(b: Block) -> Any:
 
 
 @case
-def deprecated_names(b: Block) -> Any:
+def deprecated_names(s: Scope) -> Any:
     """Their warnings are torch's, and so many."""
-    net = b.make(DigitNet)
+    net = s.make(DigitNet)
     torch_init.constant(net.conv1.weight, 0)
     torch_init.xavier_uniform(net.fc1.weight)
     torch_init.kaiming_normal(net.fc2.weight)
@@ -198,13 +198,13 @@ def deprecated_names(b: Block) -> Any:
 
 
 @case
-def weight_norms(b: Block) -> Any:
+def weight_norms(s: Scope) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the older two are deprecated
-        old = nn.utils.weight_norm(b.make(nn.Linear, 40, 30))
+        old = nn.utils.weight_norm(s.make(nn.Linear, 40, 30))
         older = nn.utils.spectral_norm(nn.Linear(30, 20))
     new = parametrizations.weight_norm(nn.Conv1d(20, 6, 5), dim=1)
-    spectral = parametrizations.spectral_norm(b.make(nn.Linear, 30, 20), n_power_iterations=3)
+    spectral = parametrizations.spectral_norm(s.make(nn.Linear, 30, 20), n_power_iterations=3)
     torch_init.normal_(new.parametrizations.weight.original1)
     torch_init.zeros_(old.bias)
     return old, older, new, spectral, spectral.weight, nn.utils.remove_weight_norm(old).weight
@@ -219,8 +219,8 @@ class Symmetric(nn.Module):
 
 
 @case
-def parametrized(b: Block) -> Any:
-    layer = parametrizations.orthogonal(b.make(nn.Linear, 20, 30))
+def parametrized(s: Scope) -> Any:
+    layer = parametrizations.orthogonal(s.make(nn.Linear, 20, 30))
     other = nn.Linear(30, 30)
     nn.utils.parametrize.register_parametrization(other, "weight", Symmetric())
     torch_init.normal_(other.parametrizations.weight.original)
@@ -234,9 +234,9 @@ def parametrized(b: Block) -> Any:
 
 
 @case
-def lazy_modules(b: Block) -> Any:
-    net = b.make(lambda: nn.Sequential(nn.LazyLinear(30), nn.ReLU(), nn.LazyLinear(20)))
-    y = net(b.empty(7, 40).normal_())
+def lazy_modules(s: Scope) -> Any:
+    net = s.make(lambda: nn.Sequential(nn.LazyLinear(30), nn.ReLU(), nn.LazyLinear(20)))
+    y = net(s.empty(7, 40).normal_())
     torch_init.zeros_(net[2].bias)
     torch_init.normal_(net[0].weight)
     norm = nn.LazyBatchNorm1d()
@@ -244,7 +244,7 @@ def lazy_modules(b: Block) -> Any:
 
 
 @case
-def without_memory_first(b: Block) -> Any:
+def without_memory_first(s: Scope) -> Any:
     skipped = torch.nn.utils.skip_init(nn.Linear, 40, 30)
     for p in skipped.parameters():
         p.data.normal_()
@@ -254,13 +254,13 @@ def without_memory_first(b: Block) -> Any:
     for module in net:
         module.reset_parameters()
     net[0].bias.data.fill_(3)
-    mask = b.empty(400, dtype=torch.bool).zero_()
+    mask = s.empty(400, dtype=torch.bool).zero_()
     mask[3:].fill_(True)
     return skipped, net, mask
 
 
 @case
-def models_of_other_dtypes(b: Block) -> Any:
+def models_of_other_dtypes(s: Scope) -> Any:
     made = []
     for dtype in (BF16, F16, F64):
         torch.set_default_dtype(dtype)
@@ -270,13 +270,13 @@ def models_of_other_dtypes(b: Block) -> Any:
             torch.set_default_dtype(torch.float32)
         made.append(nn.Linear(40, 30, dtype=dtype))
         torch_init.normal_(made[-1].weight)
-    return made, b.empty(3, dtype=F64).zero_()
+    return made, s.empty(3, dtype=F64).zero_()
 
 
 @case
-def patched_functions(b: Block) -> Any:
+def patched_functions(s: Scope) -> Any:
     """As transformers keeps loaded parameters from being initialised again."""
-    layer, kept = b.make(nn.Linear, 40, 30), b.make(nn.Linear, 40, 30)
+    layer, kept = s.make(nn.Linear, 40, 30), s.make(nn.Linear, 40, 30)
     kept.weight.loaded = True
 
     def guarded(name: str) -> Any:

@@ -12,7 +12,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tests.support.blocks import Block, Cases, compare, each, same
 from tests.support.compare import (
     BF16,
     F32,
@@ -21,6 +20,7 @@ from tests.support.compare import (
     bits,
 )
 from tests.support.modes import DispatchLog, EverythingIsSeven, FunctionLog
+from tests.support.scopes import Cases, Scope, compare, each, same
 
 case = Cases()
 
@@ -29,8 +29,8 @@ own = Cases()  # enter fused() themselves
 
 
 @case
-def modes_inside(b: Block) -> Any:
-    w, v = b.empty(40, 30).normal_(), b.empty(400)
+def modes_inside(s: Scope) -> Any:
+    w, v = s.empty(40, 30).normal_(), s.empty(400)
     with DispatchLog() as dispatched:
         w[3].zero_()
         torch_init.kaiming_uniform_(w[5:])
@@ -48,22 +48,22 @@ def modes_inside(b: Block) -> Any:
 
 
 @own
-def modes_around(b: Block) -> Any:
+def modes_around(s: Scope) -> Any:
     """They have to see what they see without fused()."""
-    w = b.empty(40, 30)
-    with EverythingIsSeven(), b.fused():
+    w = s.empty(40, 30)
+    with EverythingIsSeven(), s.fused():
         x = torch.empty(400).normal_()
         w.uniform_()
         w[3].zero_()
-    with FunctionLog() as called, b.fused():
+    with FunctionLog() as called, s.fused():
         y = torch.empty(400).normal_()
         torch_init.normal_(y)
         torch_init.zeros_(y[3])
-    # The block's own calls are there too.
+    # The scope's own calls are there too.
     asked = ("normal_", "TensorBase.normal_", "TensorBase.__getitem__", "TensorBase.zero_")
     names = [f.__qualname__ for f, *_ in called.log if getattr(f, "__qualname__", "") in asked]
     with DispatchLog() as dispatched:
-        with b.fused():
+        with s.fused():
             z = torch.empty(400).normal_()
             z.uniform_()
         z.sum()
@@ -71,8 +71,8 @@ def modes_around(b: Block) -> Any:
 
 
 @case
-def fake_mode_inside(b: Block) -> Any:
-    w = b.empty(40, 30).normal_()
+def fake_mode_inside(s: Scope) -> Any:
+    w = s.empty(40, 30).normal_()
     mode = FakeTensorMode()
     fake = mode.from_tensor(w)
     with mode:
@@ -85,10 +85,10 @@ def fake_mode_inside(b: Block) -> Any:
 
 
 @own
-def inside_fake_mode(b: Block) -> Any:
-    real = b.empty(40, 30).normal_()
+def inside_fake_mode(s: Scope) -> Any:
+    real = s.empty(40, 30).normal_()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        with b.fused():
+        with s.fused():
             layer = nn.Linear(40, 30)
             x = torch_init.normal_(torch.empty(400))
             x[3].zero_()
@@ -98,8 +98,8 @@ def inside_fake_mode(b: Block) -> Any:
 
 
 @case
-def default_devices_and_dtypes(b: Block) -> Any:
-    made = [b.empty(400).normal_()]
+def default_devices_and_dtypes(s: Scope) -> Any:
+    made = [s.empty(400).normal_()]
     torch.set_default_dtype(F64)
     try:
         made += [torch.empty(400).normal_(), nn.Linear(20, 30), torch.zeros(400), torch.rand(3)]
@@ -119,24 +119,24 @@ def default_devices_and_dtypes(b: Block) -> Any:
 
 
 @own
-def default_devices_and_dtypes_around(b: Block) -> Any:
-    w = b.empty(40, 30)
-    with torch.device("meta"), b.fused():
+def default_devices_and_dtypes_around(s: Scope) -> Any:
+    w = s.empty(40, 30)
+    with torch.device("meta"), s.fused():
         made = [torch.empty(400).normal_(), torch.empty(400, device="cpu").normal_()]
         w.uniform_()
-        w[3:].normal_(generator=b.g)
+        w[3:].normal_(generator=s.g)
         made.append(made[1].sum().item())
         torch_init.trunc_normal_(w[7:])
     torch.set_default_dtype(F64)
     try:
-        with b.fused():
+        with s.fused():
             made += [torch.empty(400).normal_(), nn.Linear(20, 30), w[:3].zero_()]
             torch_init.trunc_normal_(made[-2].weight)
     finally:
         torch.set_default_dtype(torch.float32)
     torch.set_default_device("meta")
     try:
-        with b.fused():
+        with s.fused():
             made += [nn.Linear(20, 30), nn.Linear(20, 30, device="cpu")]
             made[-1].reset_parameters()
     finally:
@@ -145,9 +145,9 @@ def default_devices_and_dtypes_around(b: Block) -> Any:
 
 
 @case
-def inference_tensors_outlive_their_mode(b: Block) -> Any:
+def inference_tensors_outlive_their_mode(s: Scope) -> Any:
     """Out of it, nobody may write to them."""
-    w = b.empty(40, 30)
+    w = s.empty(40, 30)
     with torch.inference_mode():
         made = [torch.empty(400).normal_(), torch.zeros(40, 30), w.uniform_(), nn.Linear(20, 30)]
         made[1][3:9].normal_()
@@ -155,14 +155,14 @@ def inference_tensors_outlive_their_mode(b: Block) -> Any:
 
 
 @own
-def around_and_inside_inference_mode(b: Block) -> Any:
-    with torch.inference_mode(), b.fused():
+def around_and_inside_inference_mode(s: Scope) -> Any:
+    with torch.inference_mode(), s.fused():
         x = torch.empty(400).normal_()
         with torch.inference_mode(False):
             y = nn.Linear(20, 30)
             torch_init.uniform_(y.weight)
         x[3].zero_()
-    with torch.no_grad(), b.fused():
+    with torch.no_grad(), s.fused():
         z = nn.Linear(20, 30)
         z.weight.normal_()
         z.bias[3] = 0
@@ -170,11 +170,11 @@ def around_and_inside_inference_mode(b: Block) -> Any:
 
 
 @case
-def deterministic_memory(b: Block) -> Any:
+def deterministic_memory(s: Scope) -> Any:
     """Then torch.empty is a fill, with NaN or the largest integer."""
     torch.use_deterministic_algorithms(True)
     try:
-        made = [torch.empty(400), torch.empty(400, dtype=torch.int64), torch.empty_like(b.empty(9))]
+        made = [torch.empty(400), torch.empty(400, dtype=torch.int64), torch.empty_like(s.empty(9))]
         made += [made[0].new_empty(40, 30), torch.empty(400).uniform_(), torch.zeros(400)]
         made.append(torch.empty(10).normal_().resize_(400))
         made[3][3:9].normal_()

@@ -19,8 +19,8 @@ import torch.nn.init as torch_init
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tests.support.blocks import Block, Cases, compare
 from tests.support.compare import attempt
+from tests.support.scopes import Cases, Scope, compare
 
 case = Cases()
 
@@ -38,8 +38,8 @@ class Net(nn.Module):
 
 
 @case
-def deep_copies(b: Block) -> Any:
-    w, p, net = b.empty(40, 30).normal_(), nn.Parameter(b.empty(41).uniform_()), b.make(Net)
+def deep_copies(s: Scope) -> Any:
+    w, p, net = s.empty(40, 30).normal_(), nn.Parameter(s.empty(41).uniform_()), s.make(Net)
     first = [copy.deepcopy(w), copy.deepcopy(p), copy.deepcopy(net), copy.copy(w)]
     w.uniform_()
     p.data.zero_()
@@ -52,8 +52,8 @@ def deep_copies(b: Block) -> Any:
 
 
 @case
-def copied_modules(b: Block) -> Any:
-    layer = b.make(nn.TransformerEncoderLayer, 16, 2, 32)
+def copied_modules(s: Scope) -> Any:
+    layer = s.make(nn.TransformerEncoderLayer, 16, 2, 32)
     encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     for p in encoder.parameters():
         if p.dim() > 1:
@@ -67,8 +67,8 @@ def copied_modules(b: Block) -> Any:
 
 
 @case
-def pickles(b: Block) -> Any:
-    w, net = b.empty(40, 30).normal_(), b.make(Net)
+def pickles(s: Scope) -> Any:
+    w, net = s.empty(40, 30).normal_(), s.make(Net)
     seen = [pickle.loads(pickle.dumps(x)) for x in (w, w[3], w.t(), nn.Parameter(w), net)]
     w.uniform_()
     seen.append(w.__reduce_ex__(2)[0].__name__)
@@ -79,8 +79,8 @@ def pickles(b: Block) -> Any:
 
 
 @case
-def saved_files(b: Block) -> Any:
-    w, net, seen = b.empty(40, 30).normal_(), b.make(Net), []
+def saved_files(s: Scope) -> Any:
+    w, net, seen = s.empty(40, 30).normal_(), s.make(Net), []
     for what in (w, w[3:5], {"w": w, "part": w[0]}, net.state_dict(), [nn.Parameter(w)]):
         w.uniform_()
         torch_init.normal_(net.body.weight)
@@ -95,8 +95,8 @@ def saved_files(b: Block) -> Any:
 
 
 @case
-def state_dicts(b: Block) -> Any:
-    net, other, third = b.make(Net), Net(), Net()
+def state_dicts(s: Scope) -> Any:
+    net, other, third = s.make(Net), Net(), Net()
     torch_init.normal_(net.body.weight)
     state = net.state_dict()
     other.load_state_dict(state)
@@ -114,8 +114,8 @@ def state_dicts(b: Block) -> Any:
 
 
 @case
-def garbage(b: Block) -> Any:
-    w, gone = b.empty(40, 30).normal_(), []
+def garbage(s: Scope) -> Any:
+    w, gone = s.empty(40, 30).normal_(), []
     references = [weakref.ref(w), weakref.ref(w.untyped_storage())]
     v = w[3:]
     u = torch.empty(400).uniform_()
@@ -134,7 +134,7 @@ def garbage(b: Block) -> Any:
 
 
 @case
-def many_temporaries(b: Block) -> Any:
+def many_temporaries(s: Scope) -> Any:
     """Addresses, and the ids of storages, come up again and again."""
     kept, total = [], 0.0
     for i in range(300):
@@ -147,12 +147,12 @@ def many_temporaries(b: Block) -> Any:
             kept += [w, w.clone()]
             w[3].zero_()
         torch.zeros(400)
-    return kept, total, b.empty(400).zero_()
+    return kept, total, s.empty(400).zero_()
 
 
 @case
-def replaced_parameters(b: Block) -> Any:
-    net, second = b.make(Net), Net()
+def replaced_parameters(s: Scope) -> Any:
+    net, second = s.make(Net), Net()
     old = net.body.weight
     torch_init.normal_(old)
     net.body.weight = nn.Parameter(torch.empty(5, 400))
@@ -178,8 +178,8 @@ def leave_by_yielding(w: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 @case
-def leaving_by_other_ways(b: Block) -> Any:
-    w, v, u, x = b.empty(400), b.empty(400), b.empty(40, 30), b.empty(400)
+def leaving_by_other_ways(s: Scope) -> Any:
+    w, v, u, x = s.empty(400), s.empty(400), s.empty(40, 30), s.empty(400)
     GLOBAL[:] = [w.normal_()]
     leave_by_yielding.kept = v.uniform_()  # type: ignore[attr-defined]
     steps = leave_by_yielding(u)
@@ -200,8 +200,8 @@ def multilayer() -> nn.Sequential:
 
 
 @case
-def forward_and_backward(b: Block) -> Any:
-    net, x = b.make(multilayer), b.empty(7, 40)
+def forward_and_backward(s: Scope) -> Any:
+    net, x = s.make(multilayer), s.empty(7, 40)
     net[0].reset_parameters()
     torch_init.orthogonal_(net[2].weight)
     norms: list[float] = []
@@ -216,10 +216,10 @@ def forward_and_backward(b: Block) -> Any:
 
 
 @case
-def optimizers(b: Block) -> Any:
+def optimizers(s: Scope) -> Any:
     made = []
     for kind in (torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop):
-        layer = b.make(nn.Linear, 40, 30)
+        layer = s.make(nn.Linear, 40, 30)
         optimizer = kind(layer.parameters(), lr=0.1)
         layer.reset_parameters()
         for _ in range(2):
@@ -227,13 +227,13 @@ def optimizers(b: Block) -> Any:
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
         torch_init.zeros_(layer.bias)
-        made += [layer, [list(s.values()) for s in optimizer.state_dict()["state"].values()]]
+        made += [layer, [list(x.values()) for x in optimizer.state_dict()["state"].values()]]
     return made
 
 
 @case
-def grad_modes(b: Block) -> Any:
-    w, made = b.empty(40, 30), []
+def grad_modes(s: Scope) -> Any:
+    w, made = s.empty(40, 30), []
     with torch.no_grad():
         p = nn.Parameter(w.normal_())
         p.uniform_()
@@ -253,8 +253,8 @@ def grad_modes(b: Block) -> Any:
 
 
 @case
-def saved_for_backward(b: Block) -> Any:
-    w, p = b.empty(40, 30).normal_(), nn.Parameter(b.empty(40, 30).uniform_())
+def saved_for_backward(s: Scope) -> Any:
+    w, p = s.empty(40, 30).normal_(), nn.Parameter(s.empty(40, 30).uniform_())
     packed: list[Any] = []
 
     def pack(x: torch.Tensor) -> np.ndarray:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 import torch.nn.init as torch_init
 from torch import nn
 
-from tests.support.blocks import Block, Cases, compare
 from tests.support.compare import BF16, F16, F64
+from tests.support.scopes import Cases, Scope, compare
 
 case = Cases()
 
@@ -34,8 +34,8 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 @case
-def python_values(b: Block) -> Any:
-    w, one, n = b.empty(40, 30), b.empty(1).uniform_(), b.empty((), dtype=torch.int64).fill_(3)
+def python_values(s: Scope) -> Any:
+    w, one, n = s.empty(40, 30), s.empty(1).uniform_(), s.empty((), dtype=torch.int64).fill_(3)
     seen = [one.item(), float(one), bool(one > 0.5), int(n), [5, 6, 7, 8][n], n.__index__(), len(w)]
     one.normal_()
     seen += [f"{one.item():.3f}", str(one), repr(w.normal_()), one.tolist(), complex(one)]
@@ -49,8 +49,8 @@ def python_values(b: Block) -> Any:
 
 
 @case
-def read_and_filled_again(b: Block) -> Any:
-    w, seen = b.empty(40, 30), []
+def read_and_filled_again(s: Scope) -> Any:
+    w, seen = s.empty(40, 30), []
     for i in range(20):
         (w.normal_, w.uniform_, w.zero_)[i % 3]()
         if i % 4 == 1:
@@ -61,8 +61,8 @@ def read_and_filled_again(b: Block) -> Any:
 
 
 @case
-def views_are_read(b: Block) -> Any:
-    w = b.empty(40, 30)
+def views_are_read(s: Scope) -> Any:
+    w = s.empty(40, 30)
     window, turned = w[3:5].t(), w.unfold(1, 5, 5)
     w.normal_()
     seen = [window.sum().item(), turned.sum().item(), w.expand(2, 40, 30).amax().item()]
@@ -75,8 +75,8 @@ def views_are_read(b: Block) -> Any:
 
 
 @case
-def only_some_are_read(b: Block) -> Any:
-    made = [b.empty(400).normal_() for _ in range(8)]
+def only_some_are_read(s: Scope) -> Any:
+    made = [s.empty(400).normal_() for _ in range(8)]
     seen = [made[3].sum().item(), (made[4] @ made[6]).item()]
     for w in made[2:5]:
         w.uniform_()
@@ -84,8 +84,8 @@ def only_some_are_read(b: Block) -> Any:
 
 
 @case
-def lists_are_read(b: Block) -> Any:
-    w, v = b.empty(40, 30).normal_(), b.empty(40, 30).uniform_()
+def lists_are_read(s: Scope) -> Any:
+    w, v = s.empty(40, 30).normal_(), s.empty(40, 30).uniform_()
     seen = [torch.cat([w, v]), torch.stack((w, v), 1), torch.block_diag(w[:3], v[:2])]
     w.zero_()
     seen += [torch.einsum("ij,kj->ik", w, v), *torch._foreach_add([w, v], 1.0)]
@@ -96,23 +96,23 @@ def lists_are_read(b: Block) -> Any:
 
 
 @case
-def converted(b: Block) -> Any:
-    w = b.empty(40, 30).normal_()
+def converted(s: Scope) -> Any:
+    w = s.empty(40, 30).normal_()
     seen = [w.to(BF16), w.half(), w.double(), w.to(F64, copy=True), w.type(torch.int32), w.bool()]
     same = w.to(torch.float32)
     w.uniform_()
     seen += [same, w.cpu(), w.contiguous(), w.t().contiguous(), w.to(w), w.float().to(F16)]
     w.to(BF16).zero_()
     w.half()
-    layer = b.make(nn.Linear, 40, 30)
+    layer = s.make(nn.Linear, 40, 30)
     layer.reset_parameters()
-    return w, seen, layer.half(), b.make(nn.LSTM, 5, 6).to(BF16), nn.Linear(9, 40).double()
+    return w, seen, layer.half(), s.make(nn.LSTM, 5, 6).to(BF16), nn.Linear(9, 40).double()
 
 
 @case
-def padded_and_pruned(b: Block) -> Any:
+def padded_and_pruned(s: Scope) -> Any:
     """As models adjust a bias, or take over part of a matrix."""
-    bias, w = nn.Parameter(b.empty(41)), b.empty(40, 30)
+    bias, w = nn.Parameter(s.empty(41)), s.empty(40, 30)
     torch_init.zeros_(bias)
     bias.data = F.pad(bias.data, (0, 7), "constant", 0)
     torch_init.normal_(w)
@@ -127,8 +127,8 @@ def padded_and_pruned(b: Block) -> Any:
 
 
 @case
-def arrays(b: Block) -> Any:
-    w, seen = b.empty(40, 30), []
+def arrays(s: Scope) -> Any:
+    w, seen = s.empty(40, 30), []
     for read in (
         torch.Tensor.numpy,
         np.asarray,
@@ -150,14 +150,14 @@ def arrays(b: Block) -> Any:
 
 
 @case
-def addresses(b: Block) -> Any:
-    w, seen = b.empty(40, 30), []
+def addresses(s: Scope) -> Any:
+    w, seen = s.empty(40, 30), []
     seen.append(raw(w.normal_()))
     seen.append(raw(w[3:].uniform_()))
     seen.append(raw(w.data.normal_()))
     storage = w.uniform_().untyped_storage()
     seen.append(ctypes.string_at(storage.data_ptr(), storage.nbytes()))
-    v = b.empty(400).normal_()
+    v = s.empty(400).normal_()
     if hasattr(v, "const_data_ptr"):  # not in every torch
         seen.append(ctypes.string_at(v.const_data_ptr(), v.nbytes))
     address = w.data_ptr()
@@ -171,8 +171,8 @@ def addresses(b: Block) -> Any:
 
 
 @case
-def storages(b: Block) -> Any:
-    w, seen = b.empty(11, 30), []
+def storages(s: Scope) -> Any:
+    w, seen = s.empty(11, 30), []
     seen.append(bytes(w.normal_().untyped_storage()))
     seen.append(w.uniform_().untyped_storage().tolist())
     seen.append(bytes(w.normal_().untyped_storage().clone()))
@@ -187,8 +187,8 @@ def storages(b: Block) -> Any:
 
 
 @case
-def dlpack(b: Block) -> Any:
-    w, seen = b.empty(40, 30), []
+def dlpack(s: Scope) -> Any:
+    w, seen = s.empty(40, 30), []
     seen.append(torch.utils.dlpack.from_dlpack(w.normal_()).sum().item())
     seen.append(torch.from_dlpack(torch.utils.dlpack.to_dlpack(w.uniform_())).sum().item())
     seen.append(torch.from_dlpack(w.normal_().__dlpack__()).sum().item())
@@ -202,9 +202,9 @@ def dlpack(b: Block) -> Any:
 
 
 @case
-def exported_before_the_fill(b: Block) -> Any:
+def exported_before_the_fill(s: Scope) -> Any:
     """Nobody will tell when these are read or written."""
-    w, v, seen = b.empty(40, 30).zero_(), b.empty(41).zero_(), []
+    w, v, seen = s.empty(40, 30).zero_(), s.empty(41).zero_(), []
     array, view = w.numpy(), memoryview(v.numpy())
     w.normal_()
     seen.append(array.copy())
@@ -246,10 +246,10 @@ def asarray(size: int) -> tuple[torch.Tensor, np.ndarray]:
 
 
 @case
-def memory_of_others(b: Block) -> Any:
+def memory_of_others(s: Scope) -> Any:
     seen = []
     for make in (as_array_and_tensor, over_an_array, over_a_buffer, over_dlpack, asarray):
-        w, array = b.make(make, 400)
+        w, array = s.make(make, 400)
         w.normal_()
         seen.append(array.copy())
         w[3:300].uniform_()
@@ -263,7 +263,7 @@ def memory_of_others(b: Block) -> Any:
 
 
 @case
-def files_in_memory(b: Block) -> Any:
+def files_in_memory(s: Scope) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "mapped")
         path.write_bytes(bytes(1600))
@@ -273,7 +273,7 @@ def files_in_memory(b: Block) -> Any:
         w[3:].uniform_()
         second = path.read_bytes()
         saved = Path(folder, "saved")
-        torch.save({"w": b.empty(400).normal_()}, saved)
+        torch.save({"w": s.empty(400).normal_()}, saved)
         mapped = torch.load(saved, mmap=True)["w"]
         third = mapped.clone()
         mapped.uniform_()
@@ -282,8 +282,8 @@ def files_in_memory(b: Block) -> Any:
 
 
 @case
-def shared_memory(b: Block) -> Any:
-    w = b.empty(40, 30).normal_()
+def shared_memory(s: Scope) -> Any:
+    w = s.empty(40, 30).normal_()
     w[3].zero_()
     w.share_memory_()
     total = w.sum().item()
@@ -310,11 +310,11 @@ def in_a_child(job: Callable[[], bytes]) -> bytes:
 
 
 @case
-def forks(b: Block) -> Any:
-    w, v = b.empty(400).normal_(), b.empty(400)
+def forks(s: Scope) -> Any:
+    w, v = s.empty(400).normal_(), s.empty(400)
     seen = [
         in_a_child(lambda: raw(w.uniform_())),
-        in_a_child(lambda: raw(v.normal_(generator=b.g))),
+        in_a_child(lambda: raw(v.normal_(generator=s.g))),
     ]
     w[3:9].zero_()
     seen.append(in_a_child(lambda: w.numpy().tobytes()))
@@ -322,9 +322,9 @@ def forks(b: Block) -> Any:
 
 
 @case
-def forks_with_shared_memory(b: Block) -> Any:
-    """What the child asks for is there when it has gone, though it never leaves the block."""
-    w = b.empty(400).normal_().share_memory_()
+def forks_with_shared_memory(s: Scope) -> Any:
+    """What the child asks for is there when it has gone, though it never leaves the scope."""
+    w = s.empty(400).normal_().share_memory_()
     in_a_child(lambda: w[:300].fill_(5).shape.__repr__().encode())
     first = w.clone()
     in_a_child(lambda: str(w.uniform_().dtype).encode())

@@ -27,7 +27,7 @@ from tests.support.reports import (
 pytestmark = pytest.mark.usefixtures("large_from_4096")
 
 
-def test_empty_block() -> None:
+def test_empty_scope() -> None:
     with fused() as report:
         pass
     assert isinstance(report, Report)
@@ -111,7 +111,7 @@ def test_all_that_is_recorded_is_written_or_dropped(make: Callable[[], nn.Module
     assert len(rows(report)) == len(large)
 
 
-def test_one_report_for_nested_blocks() -> None:
+def test_one_report_for_nested_scopes() -> None:
     with fused() as outer:
         a = torch.empty(5000).normal_()
         with fused() as inner:

@@ -85,7 +85,7 @@ def test_names_are_those_of_the_outermost_module() -> None:
     assert outer["inner"] is model
 
 
-def test_two_models_in_one_block() -> None:
+def test_two_models_in_one_scope() -> None:
     with fused() as report:
         one, two = nn.Linear(90, 80), nn.Linear(80, 90)
     assert [(row.name, row.shape) for row in rows(report)] == [
@@ -139,7 +139,7 @@ def test_buffers_and_copies() -> None:
 
 
 def test_names_are_looked_up_when_asked_for() -> None:
-    """A model that is put together after the block has the names of then, if its parts are known;
+    """A model that is put together after the scope has the names of then, if its parts are known;
     what died since is no longer shown."""
     with fused() as report:
         parts = [nn.Linear(90, 80), nn.Linear(80, 70)]

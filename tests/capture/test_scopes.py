@@ -17,10 +17,10 @@ import torch.nn.init as torch_init
 from torch import Tensor, nn
 
 import fastinit
-from tests.support.blocks import Block, Cases, N, compare
 from tests.support.compare import (
     attempt,
 )
+from tests.support.scopes import Cases, N, Scope, compare
 
 case = Cases()
 
@@ -29,13 +29,13 @@ own = Cases()  # enter fused() themselves
 
 
 @case
-def nested(b: Block) -> Any:
-    w, v, seen = b.empty(40, 30).normal_(), b.empty(400), []
-    with b.fused():
+def nested(s: Scope) -> Any:
+    w, v, seen = s.empty(40, 30).normal_(), s.empty(400), []
+    with s.fused():
         w[3].zero_()
         v.uniform_()
         x = torch.empty(400).normal_()
-        with b.fused():
+        with s.fused():
             x[5:].uniform_()
             seen.append(v.sum().item())
         w.uniform_()
@@ -43,7 +43,7 @@ def nested(b: Block) -> Any:
     v.normal_()
 
     def fails() -> None:
-        with b.fused():
+        with s.fused():
             v[3:].zero_()
             x.normal_()
             raise ValueError
@@ -56,8 +56,8 @@ def raw_sum(w: torch.Tensor) -> float:
 
 
 @own
-def decorated(b: Block) -> Any:
-    decorate = fastinit.fused() if b.captured else lambda function: function
+def decorated(s: Scope) -> Any:
+    decorate = fastinit.fused() if s.captured else lambda function: function
 
     @decorate
     def build(depth: int, *, scale: float = 1.0) -> list[Any]:
@@ -72,7 +72,7 @@ def decorated(b: Block) -> Any:
         w.normal_()
         raise KeyError(3)
 
-    w = b.empty(400)
+    w = s.empty(400)
     seen = [build(2), attempt(fails, w)[1], w, build(0, scale=3), build.__name__, build.__doc__]
 
     class Model(nn.Module):
@@ -86,8 +86,8 @@ def decorated(b: Block) -> Any:
 
 
 @case
-def exceptions_inside(b: Block) -> Any:
-    w, v = b.empty(40, 30), b.empty(400)
+def exceptions_inside(s: Scope) -> Any:
+    w, v = s.empty(40, 30), s.empty(400)
     try:
         w.normal_()
         w[3].uniform_()
@@ -100,21 +100,21 @@ def exceptions_inside(b: Block) -> Any:
         seen = [str(error), v.sum().item()]
     finally:
         w[4].zero_()
-    b.notes += [w, v, seen, torch.get_rng_state()]
+    s.notes += [w, v, seen, torch.get_rng_state()]
     v.uniform_()
-    b.raises = True
+    s.raises = True
     raise LookupError("of the body")
 
 
 @own
-def exceptions_through_two_blocks(b: Block) -> Any:
-    w, v = b.empty(40, 30), b.empty(400)
-    b.notes += [w, v]
-    b.raises = True
-    with b.fused():
+def exceptions_through_two_scopes(s: Scope) -> Any:
+    w, v = s.empty(40, 30), s.empty(400)
+    s.notes += [w, v]
+    s.raises = True
+    with s.fused():
         w.normal_()
         try:
-            with b.fused():
+            with s.fused():
                 v.uniform_()
                 w[3:].zero_()
                 raise ValueError(3)
@@ -123,8 +123,8 @@ def exceptions_through_two_blocks(b: Block) -> Any:
 
 
 @case
-def fastinit_inside(b: Block) -> Any:
-    w, v, u = b.empty(40, 30), b.empty(400), b.empty(40, 30).normal_()
+def fastinit_inside(s: Scope) -> Any:
+    w, v, u = s.empty(40, 30), s.empty(400), s.empty(40, 30).normal_()
     fastinit.normal_(w)
     w[3].zero_()
     torch_init.uniform_(w[5:])
@@ -135,7 +135,7 @@ def fastinit_inside(b: Block) -> Any:
     plan.zeros_(u[3])
     u.uniform_()
     plan.run()
-    layer = b.make(nn.Linear, 40, 30)
+    layer = s.make(nn.Linear, 40, 30)
     fastinit.init_model_(layer)
     torch_init.ones_(layer.bias)
     fastinit.init_model_(layer, lambda m: torch_init.normal_(m.weight))
@@ -143,14 +143,14 @@ def fastinit_inside(b: Block) -> Any:
 
 
 @own
-def inside_init_model(b: Block) -> Any:
+def inside_init_model(s: Scope) -> Any:
     layer = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
     made = []
 
     def fill(m: nn.Module) -> None:
         if isinstance(m, nn.Linear):
             torch_init.normal_(m.weight)
-            with b.fused():
+            with s.fused():
                 made.append(torch.empty(400).uniform_())
                 torch_init.zeros_(m.weight[3])
                 torch_init.uniform_(m.bias)
@@ -185,7 +185,7 @@ def test_small_fills_are_not_held_back() -> None:
 
 @pytest.mark.usefixtures("native")
 def test_nothing_is_held_back_outside() -> None:
-    """In another thread, after the block, and in a tensor from before it."""
+    """In another thread, after the scope, and in a tensor from before it."""
     before = torch.empty(400)
     with fastinit.fused() as report:
         thread = threading.Thread(target=lambda: torch.empty(400).normal_())
@@ -214,7 +214,7 @@ def test_what_was_asked_for_is_written_though_the_body_fails(error: type[BaseExc
 
 @pytest.mark.usefixtures("native")
 def test_nothing_is_left_behind() -> None:
-    """Neither modes nor replaced functions, however often, and however the block ends."""
+    """Neither modes nor replaced functions, however often, and however the scope ends."""
     owners = (Tensor, torch, torch_init, torch.random, torch.utils.dlpack, torch.UntypedStorage)
     owners += (threading.Thread, ThreadPoolExecutor, np, nn.Module, nn.Parameter, torch.Generator)
     with fastinit.fused():  # what is imported then
@@ -234,7 +234,7 @@ def test_nothing_is_left_behind() -> None:
 
 
 @pytest.mark.parametrize("name", ["__repr__", "numpy", "data_ptr", "tolist"])
-def test_patches_made_in_the_block_stay(name: str) -> None:
+def test_patches_made_in_the_scope_stay(name: str) -> None:
     def mine(self: torch.Tensor, **_: Any) -> str:
         return "mine"
 
@@ -255,7 +255,7 @@ def test_patches_made_in_the_block_stay(name: str) -> None:
             setattr(torch.Tensor, name, before)
 
 
-def test_modules_imported_in_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_imported_in_the_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "fastinit_holes_imported"
     (tmp_path / f"{name}.py").write_text(
         "from torch.nn.init import kaiming_uniform_, trunc_normal_ as trunc\n"

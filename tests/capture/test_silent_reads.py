@@ -16,12 +16,12 @@ from torch import nn
 from torch.utils.dlpack import to_dlpack
 
 import fastinit
-from tests.support.blocks import N, each, same
 from tests.support.compare import (
     F16,
     assert_equal_seen,
     bits,
 )
+from tests.support.scopes import N, each, same
 
 
 def square(n: int) -> torch.Tensor:
@@ -220,7 +220,7 @@ def test_script_modules_that_are_saved(tmp_path: Path) -> None:
 
 @each({"torch": lambda t: torch.to_dlpack(t), "before": lambda t: to_dlpack(t)})
 def test_capsules(make: Callable[[torch.Tensor], Any]) -> None:
-    """Also by a name that was bound before there was a block, as libraries do."""
+    """Also by a name that was bound before there was a scope, as libraries do."""
 
     def inside() -> Any:
         t, u = torch.randn(N), torch.rand(N)

@@ -17,7 +17,7 @@ import torch.nn.init as torch_init
 
 import fastinit
 from fastinit.core import recording
-from tests.support.blocks import Block, Cases, N, compare
+from tests.support.scopes import Cases, N, Scope, compare
 
 case = Cases()
 
@@ -32,8 +32,8 @@ def in_thread(job: Any) -> None:
 
 
 @case
-def threads_read_and_write(b: Block) -> Any:
-    w, v, seen = b.empty(40, 30).normal_(), b.empty(400), []
+def threads_read_and_write(s: Scope) -> Any:
+    w, v, seen = s.empty(40, 30).normal_(), s.empty(400), []
     in_thread(lambda: seen.append(w.sum().item()))
     w.uniform_()
     in_thread(lambda: w[3:9].zero_())
@@ -56,8 +56,8 @@ def warm_pool() -> ThreadPoolExecutor:
 
 
 @case
-def a_pool_from_before(b: Block) -> Any:
-    pool = b.make(warm_pool)
+def a_pool_from_before(s: Scope) -> Any:
+    pool = s.make(warm_pool)
     w, v = torch.empty(40, 30).normal_(), torch.empty(400).uniform_()
     seen = [pool.submit(w.sum).result().item(), pool.submit(w.zero_).result() is w]
     v.normal_()
@@ -72,8 +72,8 @@ def a_pool_from_before(b: Block) -> Any:
 
 
 @case
-def coroutines(b: Block) -> Any:
-    w, v = b.empty(40, 30), b.empty(400)
+def coroutines(s: Scope) -> Any:
+    w, v = s.empty(40, 30), s.empty(400)
 
     async def fill(x: torch.Tensor) -> float:
         x.normal_()
@@ -88,14 +88,14 @@ def coroutines(b: Block) -> Any:
 
 
 @own
-def a_block_in_each_thread(b: Block) -> Any:
-    """Two blocks open at once, which must not see each other's fills."""
+def a_scope_in_each_thread(s: Scope) -> Any:
+    """Two scopes open at once, which must not see each other's fills."""
     made: dict[int, Any] = {}
     turns = [queue.SimpleQueue() for _ in range(2)]
 
     def build(i: int) -> None:
         g = torch.Generator().manual_seed(i)
-        with b.fused():
+        with s.fused():
             made[i] = [torch.empty(40, 30).normal_(generator=g)]
             for _ in range(3):
                 turns[1 - i].put(None)  # both are inside
@@ -114,20 +114,20 @@ def a_block_in_each_thread(b: Block) -> Any:
 
 
 @own
-def only_this_thread(b: Block) -> Any:
-    """A thread that was there before the block works on tensors of its own meanwhile."""
+def only_this_thread(s: Scope) -> Any:
+    """A thread that was there before the scope works on tensors of its own meanwhile."""
     jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def worker() -> None:
         for law in iter(jobs.get, None):
-            w = getattr(torch.empty(400), law)(generator=b.g)
+            w = getattr(torch.empty(400), law)(generator=s.g)
             done.put((w, w.sum().item(), w.tolist()))
 
     thread = threading.Thread(target=worker)
     thread.start()
     seen = []
-    with b.fused():
+    with s.fused():
         for law in ("normal_", "uniform_") * 3:
             mine = torch.empty(400).normal_()
             jobs.put(law)
@@ -213,12 +213,12 @@ def test_progress_bars_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_object_decorates_for_many_threads() -> None:
-    block = fastinit.fused()
+    scope = fastinit.fused()
     together = threading.Barrier(2, timeout=50)
     failures: list[BaseException] = []
     made: dict[int, torch.Tensor] = {}
 
-    @block
+    @scope
     def build(seed: int, depth: int = 1) -> torch.Tensor:
         g = torch.Generator().manual_seed(seed)
         t = torch.empty(N).normal_(generator=g)

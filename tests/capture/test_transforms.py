@@ -15,8 +15,8 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_map
 
-from tests.support.blocks import Block, Cases, N, compare, each, same
 from tests.support.compare import attempt
+from tests.support.scopes import Cases, N, Scope, compare, each, same
 
 case = Cases()
 
@@ -42,8 +42,8 @@ def scripted() -> Any:
 
 
 @case
-def torch_script(b: Block) -> Any:
-    w, v = b.empty(40, 30).normal_(), b.empty(400).uniform_()
+def torch_script(s: Scope) -> Any:
+    w, v = s.empty(40, 30).normal_(), s.empty(400).uniform_()
     made = [scripted()(w, v)]
     v.zero_()
     w[3:].uniform_()
@@ -56,8 +56,8 @@ def compiled() -> Any:
 
 
 @case
-def torch_compile(b: Block) -> Any:
-    w, v = b.empty(40, 30).normal_(), b.empty(400).uniform_()
+def torch_compile(s: Scope) -> Any:
+    w, v = s.empty(40, 30).normal_(), s.empty(400).uniform_()
     made = [compiled()(w, v)]
     v.zero_()
     w[3:].uniform_()
@@ -65,8 +65,8 @@ def torch_compile(b: Block) -> Any:
 
 
 @case
-def function_transforms(b: Block) -> Any:
-    w, v, batch = b.empty(40, 30).normal_(), b.empty(30).uniform_(), b.empty(3, 400)
+def function_transforms(s: Scope) -> Any:
+    w, v, batch = s.empty(40, 30).normal_(), s.empty(30).uniform_(), s.empty(3, 400)
     made = [
         torch.func.vmap(lambda row: row * 2 + v)(w),
         torch.func.grad(lambda x: (x * v).sum())(v),
@@ -91,11 +91,11 @@ def function_transforms(b: Block) -> Any:
 
 
 @own
-def inside_function_transforms(b: Block) -> Any:
-    v, made = b.empty(30).normal_(), []
+def inside_function_transforms(s: Scope) -> Any:
+    v, made = s.empty(30).normal_(), []
 
     def build(x: torch.Tensor) -> torch.Tensor:
-        with b.fused():
+        with s.fused():
             w = torch.empty(30).uniform_()
             w[3:9].zero_()
             return (x * w).sum()
@@ -161,8 +161,8 @@ class Wrapper(torch.Tensor):
 
 
 @case
-def wrapping_subclasses(b: Block) -> Any:
-    w, v = b.empty(40, 30).normal_(), b.empty(400)
+def wrapping_subclasses(s: Scope) -> Any:
+    w, v = s.empty(40, 30).normal_(), s.empty(400)
     x, y = Wrapper(w), nn.Parameter(Wrapper(v.zero_()))
     seen = [(x + 1).inner.sum().item(), x.sum().item()]
     w.uniform_()
@@ -196,19 +196,19 @@ class Marked(nn.Parameter):
 
 
 @case
-def plain_subclasses(b: Block) -> Any:
+def plain_subclasses(s: Scope) -> Any:
     Logging.log = []
-    w, v = b.empty(40, 30).as_subclass(Plain), b.empty(400).as_subclass(Logging)
+    w, v = s.empty(40, 30).as_subclass(Plain), s.empty(400).as_subclass(Logging)
     w.normal_()
     w[3].zero_()
     v.uniform_()
     torch_init.normal_(v[:300])
     torch_init.trunc_normal_(v[7:])
     seen = [w.sum().item(), type(w.clone()).__name__, v.mean().item()]
-    p = Marked(b.empty(40, 30).normal_())
+    p = Marked(s.empty(40, 30).normal_())
     torch_init.uniform_(p)
     w.uniform_()
-    buffer = nn.Buffer(b.empty(400).zero_())
+    buffer = nn.Buffer(s.empty(400).zero_())
     return w, v, p, buffer, seen, list(Logging.log)
 
 

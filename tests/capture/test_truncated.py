@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import fastinit
 from fastinit.core import kernels
-from tests.support.blocks import Block, Cases, N, compare, same
 from tests.support.compare import (
     BF16,
     F16,
@@ -25,23 +24,24 @@ from tests.support.compare import (
     bits,
 )
 from tests.support.mt19937 import WORDS, untemper
+from tests.support.scopes import Cases, N, Scope, compare, same
 
 case = Cases()
 
 
 @case
-def truncated_normals(b: Block) -> Any:
+def truncated_normals(s: Scope) -> Any:
     made = []
     for args in ((), (0, 0.02), (0, 1, -2, 2), (0, 0.02, -0.04, 0.04), (1, 1, 0, 5), (0, 1, 3, 4)):
         for dtype in (torch.float32, BF16, F16, F64):
-            w = b.empty(20, 30, dtype=dtype).uniform_()
+            w = s.empty(20, 30, dtype=dtype).uniform_()
             torch_init.trunc_normal_(w, *args)
-            torch_init.trunc_normal_(w[3:5], *args, generator=b.g)
+            torch_init.trunc_normal_(w[3:5], *args, generator=s.g)
             made += [w, torch.get_rng_state()]
             if dtype is BF16:
-                torch_init.trunc_normal_(b.empty(400), *args)
+                torch_init.trunc_normal_(s.empty(400), *args)
                 w[7].zero_()
-    return made, torch_init.trunc_normal_(nn.Parameter(b.empty(40, 30)), std=0.02)
+    return made, torch_init.trunc_normal_(nn.Parameter(s.empty(40, 30)), std=0.02)
 
 
 def timm_trunc_normal_(w: Tensor, mean: float, std: float, a: float, b: float) -> Tensor:
@@ -59,8 +59,8 @@ def timm_trunc_normal_(w: Tensor, mean: float, std: float, a: float, b: float) -
 
 
 @case
-def truncated_normals_of_timm(b: Block) -> Any:
-    layer, w = b.make(nn.Linear, 40, 30), b.empty(1, 50, 24).zero_()
+def truncated_normals_of_timm(s: Scope) -> Any:
+    layer, w = s.make(nn.Linear, 40, 30), s.empty(1, 50, 24).zero_()
     timm_trunc_normal_(layer.weight, 0, 0.02, -2, 2)
     timm_trunc_normal_(w, 0, 1, -2, 2)
     timm_trunc_normal_(layer.weight[3:5], 0, 1, -2, 2)

@@ -286,13 +286,13 @@ def test_an_exception_leaves_its_report(seed: int | None) -> None:
         kept.append(nn.Sequential(nn.Linear(3, 3), holder(torch.empty(3))))
         raise KeyError
 
-    def block() -> None:
+    def scope() -> None:
         with fused(seed=seed) as report:
             reports.append(report)
             half()
 
     with pytest.raises(KeyError):
-        block()
+        scope()
     report = reports[0]
     assert report.unwritten == ["1.w"]
     assert statuses(report) == {"0.weight": "written", "0.bias": "written", "1.w": "unwritten"}
@@ -439,7 +439,7 @@ def test_names_of_what_materialize_left() -> None:
     assert report.unwritten == ["p.t"]
 
 
-def test_two_models_materialised_in_a_block() -> None:
+def test_two_models_materialised_in_a_scope() -> None:
     one, two = on_meta(Computes), on_meta(lambda: nn.Linear(3, 3))
     with fused() as report:
         quietly(one)
@@ -449,7 +449,7 @@ def test_two_models_materialised_in_a_block() -> None:
         report.check()
 
 
-def test_one_report_for_nested_blocks() -> None:
+def test_one_report_for_nested_scopes() -> None:
     model = nn.Linear(3, 3)
     with fused() as report:
         inner = init_model_(model)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.init as torch_init
 from torch import nn
 
-from tests.support.blocks import Block, Cases, compare
 from tests.support.compare import BF16, F16, attempt
+from tests.support.scopes import Cases, Scope, compare
 
 case = Cases()
 SIZES = (0, 1, 2, 15, 16, 17, 31, 32, 33, 130)
@@ -21,19 +21,19 @@ SIZES = (0, 1, 2, 15, 16, 17, 31, 32, 33, 130)
 
 
 @case
-def full_over_full(b: Block) -> Any:
-    w, v = b.empty(40, 30), b.empty(41)
+def full_over_full(s: Scope) -> Any:
+    w, v = s.empty(40, 30), s.empty(41)
     returned = w.uniform_().normal_(1.0, 2.0).fill_(3.0).zero_()
     v.normal_().zero_().uniform_(-1, 1).fill_(7)
     return w, v, returned is w
 
 
 @case
-def padding_rows(b: Block) -> Any:
-    w = b.empty(50, 8).normal_()
+def padding_rows(s: Scope) -> Any:
+    w = s.empty(50, 8).normal_()
     w[3].fill_(0)
     w[-1].zero_()
-    table = b.make(nn.Embedding, 50, 20, padding_idx=7)
+    table = s.make(nn.Embedding, 50, 20, padding_idx=7)
     torch_init.normal_(table.weight, std=0.02)
     with torch.no_grad():
         table.weight[table.padding_idx].fill_(0)
@@ -41,8 +41,8 @@ def padding_rows(b: Block) -> Any:
 
 
 @case
-def strided_after_full(b: Block) -> Any:
-    w = b.empty(40, 30).normal_()
+def strided_after_full(s: Scope) -> Any:
+    w = s.empty(40, 30).normal_()
     w[::2].uniform_()
     w[:, ::3].zero_()
     w[5:9, 2:30:7].normal_()
@@ -51,8 +51,8 @@ def strided_after_full(b: Block) -> Any:
 
 
 @case
-def full_after_partial(b: Block) -> Any:
-    w, v = b.empty(40, 30), b.empty(40, 30)
+def full_after_partial(s: Scope) -> Any:
+    w, v = s.empty(40, 30), s.empty(40, 30)
     w[3:].normal_()
     w[:, 2].zero_()
     w.uniform_()
@@ -63,8 +63,8 @@ def full_after_partial(b: Block) -> Any:
 
 
 @case
-def parts_that_make_a_whole(b: Block) -> Any:
-    w, v, u = b.empty(40, 30), b.empty(40, 30), b.empty(40, 30)
+def parts_that_make_a_whole(s: Scope) -> Any:
+    w, v, u = s.empty(40, 30), s.empty(40, 30), s.empty(40, 30)
     w[:17].normal_()
     w[17:].uniform_()
     for row in v:
@@ -76,22 +76,22 @@ def parts_that_make_a_whole(b: Block) -> Any:
 
 
 @case
-def transposed(b: Block) -> Any:
-    w, v = b.empty(40, 30), b.empty(6, 7, 8)
+def transposed(s: Scope) -> Any:
+    w, v = s.empty(40, 30), s.empty(6, 7, 8)
     w.t().normal_()
     w.t()[2:5].uniform_()
     v.permute(2, 0, 1).uniform_()
     v.transpose(0, 2)[1].normal_()
-    return w, v, b.empty(30, 40).t().zero_().t().uniform_()
+    return w, v, s.empty(30, 40).t().zero_().t().uniform_()
 
 
 @case
-def memory_formats(b: Block) -> Any:
+def memory_formats(s: Scope) -> Any:
     made = [
-        b.empty(4, 6, 5, 7, memory_format=torch.channels_last),
-        b.empty(4, 3, 2, 5, 6, memory_format=torch.channels_last_3d),
-        b.make(torch.empty_strided, (40, 9), (1, 40)),
-        b.make(torch.empty_permuted, (5, 6, 7), (1, 2, 0)),
+        s.empty(4, 6, 5, 7, memory_format=torch.channels_last),
+        s.empty(4, 3, 2, 5, 6, memory_format=torch.channels_last_3d),
+        s.make(torch.empty_strided, (40, 9), (1, 40)),
+        s.make(torch.empty_permuted, (5, 6, 7), (1, 2, 0)),
     ]
     for w in made:
         w.normal_()
@@ -101,8 +101,8 @@ def memory_formats(b: Block) -> Any:
 
 
 @case
-def aliases(b: Block) -> Any:
-    p = nn.Parameter(b.empty(40, 30))
+def aliases(s: Scope) -> Any:
+    p = nn.Parameter(s.empty(40, 30))
     window = p.detach()[3:5]
     torch_init.normal_(p)
     p.data.uniform_()
@@ -116,8 +116,8 @@ def aliases(b: Block) -> Any:
 
 
 @case
-def views_of_views(b: Block) -> Any:
-    w = b.empty(40, 30).zero_()
+def views_of_views(s: Scope) -> Any:
+    w = s.empty(40, 30).zero_()
     w[2:].view(-1)[7:99].view(4, 23).t()[1:].normal_()
     w.unfold(0, 5, 5)[1, :, 2].uniform_()
     w.diagonal().fill_(3)
@@ -129,8 +129,8 @@ def views_of_views(b: Block) -> Any:
 
 
 @case
-def chunks_and_splits(b: Block) -> Any:
-    w, v = b.empty(40, 30), b.empty(12)
+def chunks_and_splits(s: Scope) -> Any:
+    w, v = s.empty(40, 30), s.empty(12)
     for chunk in w.chunk(4):
         torch_init.xavier_uniform_(chunk)
     for part in w.split([11, 29]):
@@ -143,20 +143,20 @@ def chunks_and_splits(b: Block) -> Any:
 
 
 @case
-def overlapping_windows(b: Block) -> Any:
-    w = b.empty(40, 30).zero_()
+def overlapping_windows(s: Scope) -> Any:
+    w = s.empty(40, 30).zero_()
     flat = w.view(-1)
     for i in range(30):
         flat[13 * i : 13 * i + 40].normal_()
-        flat[-9 * i - 30 : -9 * i - 1].uniform_(generator=b.g)
+        flat[-9 * i - 30 : -9 * i - 1].uniform_(generator=s.g)
         if i % 7 == 0:
             w.zero_()
     return w
 
 
 @case
-def setitem(b: Block) -> Any:
-    w, v = b.empty(40, 30).normal_(), b.empty(30).uniform_()
+def setitem(s: Scope) -> Any:
+    w, v = s.empty(40, 30).normal_(), s.empty(30).uniform_()
     w[3] = 7.0
     w[:, 2] = torch.arange(40.0)
     w[5] = v
@@ -170,8 +170,8 @@ def setitem(b: Block) -> Any:
 
 
 @case
-def changes_in_metadata(b: Block) -> Any:
-    w, v = b.empty(40, 30), b.empty(3, 1, 5)
+def changes_in_metadata(s: Scope) -> Any:
+    w, v = s.empty(40, 30), s.empty(3, 1, 5)
     w.normal_()
     w.t_()
     w[0].zero_()
@@ -180,26 +180,26 @@ def changes_in_metadata(b: Block) -> Any:
     w[1].zero_()
     v.normal_().squeeze_().unsqueeze_(0).swapaxes_(0, 2)
     v[2].zero_()
-    u = b.empty(60).normal_().as_strided_((3, 4), (20, 1), 2)
+    u = s.empty(60).normal_().as_strided_((3, 4), (20, 1), 2)
     u[1].zero_()
     return w, v, u
 
 
 @case
-def keywords(b: Block) -> Any:
-    w, v = b.empty(40, 30).normal_(mean=1, std=2), b.empty(400).uniform_(to=3)
-    w[3:].uniform_(**{"from": -2}, generator=b.g)
+def keywords(s: Scope) -> Any:
+    w, v = s.empty(40, 30).normal_(mean=1, std=2), s.empty(400).uniform_(to=3)
+    w[3:].uniform_(**{"from": -2}, generator=s.g)
     v[:300].fill_(value=2)
     made = [torch.full(size=(400,), fill_value=3.0), torch.zeros(size=(40, 30), dtype=F16)]
-    made += [torch.empty(size=(400,), out=v).normal_(std=3), torch.rand(size=(400,), generator=b.g)]
-    made.append(torch.nn.init.constant_(tensor=b.empty(400), val=4))
+    made += [torch.empty(size=(400,), out=v).normal_(std=3), torch.rand(size=(400,), generator=s.g)]
+    made.append(torch.nn.init.constant_(tensor=s.empty(400), val=4))
     return w, v, made
 
 
 @case
-def many_pending(b: Block) -> Any:
+def many_pending(s: Scope) -> Any:
     """More than a table of them may want to hold: of tensors, and of one tensor."""
-    w = b.empty(40, 30).zero_()
+    w = s.empty(40, 30).zero_()
     made = [torch.empty(5).uniform_() for _ in range(2500)]
     for i in range(150):
         w[i % 40, i % 7 :: 2].normal_()
@@ -207,8 +207,8 @@ def many_pending(b: Block) -> Any:
 
 
 @case
-def functions_of_python(b: Block) -> Any:
-    w, v, u = b.empty(40).normal_(), b.empty(40).uniform_(), b.empty(40).normal_()
+def functions_of_python(s: Scope) -> Any:
+    w, v, u = s.empty(40).normal_(), s.empty(40).uniform_(), s.empty(40).normal_()
     w.apply_(lambda x: x + 1)
     v[3:].normal_()
     w.map_(v, lambda x, y: x * y)
@@ -222,28 +222,28 @@ def functions_of_python(b: Block) -> Any:
 
 
 @case
-def copies_into(b: Block) -> Any:
-    w, v, u = b.empty(40, 30).normal_(), b.empty(40, 30).uniform_(), b.empty(40, 30).normal_()
+def copies_into(s: Scope) -> Any:
+    w, v, u = s.empty(40, 30).normal_(), s.empty(40, 30).uniform_(), s.empty(40, 30).normal_()
     w.copy_(v)
     v.zero_()
     u.copy_(torch.zeros(()))
     u[3].copy_(w[4])
     u[5:9].copy_(torch.arange(30.0))
     w[:10].copy_(w[10:20])
-    half = b.empty(40, 30, dtype=F16).copy_(w)
-    back = b.empty(40, 30).normal_().copy_(half.t().contiguous().t())
-    numbers = b.empty(400, dtype=torch.int32).zero_().copy_(b.empty(400).uniform_(0, 100))
-    other = b.empty(400, dtype=BF16).zero_().copy_(b.empty(400, dtype=F16).fill_(0.1))
-    square = b.empty(30, 30).normal_()
+    half = s.empty(40, 30, dtype=F16).copy_(w)
+    back = s.empty(40, 30).normal_().copy_(half.t().contiguous().t())
+    numbers = s.empty(400, dtype=torch.int32).zero_().copy_(s.empty(400).uniform_(0, 100))
+    other = s.empty(400, dtype=BF16).zero_().copy_(s.empty(400, dtype=F16).fill_(0.1))
+    square = s.empty(30, 30).normal_()
     square.copy_(square.t().clone())
-    last = b.empty(17).copy_(w[0, :17], non_blocking=True)
+    last = s.empty(17).copy_(w[0, :17], non_blocking=True)
     return w, v, u, half, back, square, numbers, other, last
 
 
 @case
-def copies_of_constants(b: Block) -> Any:
+def copies_of_constants(s: Scope) -> Any:
     """What position ids, frequencies and sinusoids are made of."""
-    position, frequency, table = b.empty(1, 64, dtype=torch.int64), b.empty(32), b.empty(64, 32)
+    position, frequency, table = s.empty(1, 64, dtype=torch.int64), s.empty(32), s.empty(64, 32)
     torch_init.zeros_(position)
     position.copy_(torch.arange(64).expand((1, -1)))
     torch_init.normal_(frequency)
@@ -251,14 +251,14 @@ def copies_of_constants(b: Block) -> Any:
     table.normal_()
     table[:, 0::2] = torch.sin(torch.arange(64.0)[:, None] * frequency[:16])
     table[:, 1::2] = torch.cos(torch.arange(64.0)[:, None] * frequency[16:])
-    decay = b.empty(24).uniform_(0, 16)
+    decay = s.empty(24).uniform_(0, 16)
     decay.copy_(torch.log(decay))
     return position, frequency, table, decay
 
 
 @case
-def clones(b: Block) -> Any:
-    w = b.empty(40, 30).normal_()
+def clones(s: Scope) -> Any:
+    w = s.empty(40, 30).normal_()
     kept, lost, read = w.clone(), w.clone(), w.clone()
     lost.uniform_()
     total = read.sum().item()
@@ -271,8 +271,8 @@ def clones(b: Block) -> Any:
 
 
 @case
-def clones_of_views(b: Block) -> Any:
-    w = b.empty(40, 30).normal_()
+def clones_of_views(s: Scope) -> Any:
+    w = s.empty(40, 30).normal_()
     turned, column = w.t().clone(), w[:, 3].clone()
     rows = w[::2].clone(memory_format=torch.contiguous_format)
     w[1].zero_()
@@ -282,9 +282,9 @@ def clones_of_views(b: Block) -> Any:
 
 
 @case
-def half_of_a_clone(b: Block) -> Any:
+def half_of_a_clone(s: Scope) -> Any:
     """The clone is partly overwritten, its source entirely."""
-    w = b.empty(40, 30).normal_()
+    w = s.empty(40, 30).normal_()
     copy = w.clone()
     copy[5:].uniform_()
     w.normal_()
@@ -297,37 +297,37 @@ def half_of_a_clone(b: Block) -> Any:
 
 
 @case
-def arithmetic(b: Block) -> Any:
-    w = b.empty(40, 30).uniform_(-0.9, 0.9).erfinv_().mul_(0.02 * math.sqrt(2)).add_(1.0)
-    v = b.empty(40, 30).normal_().clamp_(-1, 1).div_(3).exp_()
+def arithmetic(s: Scope) -> Any:
+    w = s.empty(40, 30).uniform_(-0.9, 0.9).erfinv_().mul_(0.02 * math.sqrt(2)).add_(1.0)
+    v = s.empty(40, 30).normal_().clamp_(-1, 1).div_(3).exp_()
     w += v
     v *= w
     v.sub_(w).abs_().sqrt_().neg_().round_()
     v.lerp_(w, 0.3).addcmul_(w, v).addcdiv_(w, w + 2)
-    u = b.empty(30, 30).normal_().tril_().fill_diagonal_(5.0)
+    u = s.empty(30, 30).normal_().tril_().fill_diagonal_(5.0)
     u.triu_(-3).t_().add_(u.t().clone())
-    return w, v, u, b.empty(30, 30).zero_().addmm_(u, u), b.empty(9).fill_(2).pow_(2).cumsum_(0)
+    return w, v, u, s.empty(30, 30).zero_().addmm_(u, u), s.empty(9).fill_(2).pow_(2).cumsum_(0)
 
 
 @case
-def indexed_writes(b: Block) -> Any:
-    w, i = b.empty(40, 30).normal_(), torch.tensor([1, 5, 7])
+def indexed_writes(s: Scope) -> Any:
+    w, i = s.empty(40, 30).normal_(), torch.tensor([1, 5, 7])
     w.masked_fill_(w > 1, 0.0)
     w.index_fill_(0, i, 2.0)
-    w.index_copy_(0, i[:2], b.empty(2, 30).uniform_())
+    w.index_copy_(0, i[:2], s.empty(2, 30).uniform_())
     w.index_add_(0, i, torch.ones(3, 30))
     w.scatter_(1, i.expand(4, 3), 9.0)
     w.index_put_((i, i), torch.tensor(4.0))
     w.put_(i, torch.tensor([1.0, 2.0, 3.0]))
-    w.masked_scatter_(w < -1, b.empty(1200).uniform_())
+    w.masked_scatter_(w < -1, s.empty(1200).uniform_())
     return w
 
 
 @case
-def foreach(b: Block) -> Any:
+def foreach(s: Scope) -> Any:
     # Of .data, whose versions are not compared: torch's foreach operators do not count versions up
     # under any dispatch mode.
-    w, v = nn.Parameter(b.empty(40, 30).normal_()), nn.Parameter(b.empty(41).uniform_())
+    w, v = nn.Parameter(s.empty(40, 30).normal_()), nn.Parameter(s.empty(41).uniform_())
     torch._foreach_mul_([w.data, v.data], 3.0)
     w.data.normal_()
     torch._foreach_add_([w.data, v.data], [w.data.clone(), v.data.clone()])
@@ -341,25 +341,25 @@ def foreach(b: Block) -> Any:
 
 
 @case
-def outputs(b: Block) -> Any:
-    w, v, e = b.empty(40, 30).normal_(), b.empty(41).uniform_(), b.empty(30, 30).normal_()
+def outputs(s: Scope) -> Any:
+    w, v, e = s.empty(40, 30).normal_(), s.empty(41).uniform_(), s.empty(30, 30).normal_()
     torch.eye(30, out=e)
     torch.zeros(40, 30, out=w)
     torch.ones(40, 15, out=w.t()[:15].t())
     torch.rand(41, out=v)
-    torch.randn(41, out=v, generator=b.g)
+    torch.randn(41, out=v, generator=s.g)
     torch.full((20,), 3.0, out=v[:20])
     torch.arange(5.0, out=v[20:25])
     torch.normal(1.0, 2.0, (16,), out=v[25:])
     torch.mul(w, 2.0, out=w)
     torch.tril(e.normal_(), out=e)
     torch.cat([v, v], out=w.view(-1)[100:182])
-    return w, v, e, torch.randperm(41, out=b.empty(41, dtype=torch.int64).zero_())
+    return w, v, e, torch.randperm(41, out=s.empty(41, dtype=torch.int64).zero_())
 
 
 @case
-def factories(b: Block) -> Any:
-    base = b.empty(40, 30).normal_()
+def factories(s: Scope) -> Any:
+    base = s.empty(40, 30).normal_()
     made = {
         "zeros": torch.zeros(40, 30),
         "ones": torch.ones(40, 30, dtype=BF16),
@@ -367,7 +367,7 @@ def factories(b: Block) -> Any:
         "full of bool": torch.full((400,), True),
         "full of int": torch.full((400,), 7),
         "rand": torch.rand(40, 30),
-        "randn": torch.randn(1000, generator=b.g, dtype=F16),
+        "randn": torch.randn(1000, generator=s.g, dtype=F16),
         "randint": torch.randint(5, (400,)),
         "normal": torch.normal(2.0, 0.5, (40, 30)),
         "normal of tensors": torch.normal(base, base.abs()),
@@ -393,8 +393,8 @@ def factories(b: Block) -> Any:
 
 
 @case
-def fills_with_a_tensor(b: Block) -> Any:
-    w, value = b.empty(40, 30), b.empty(()).normal_()
+def fills_with_a_tensor(s: Scope) -> Any:
+    w, value = s.empty(40, 30), s.empty(()).normal_()
     w.fill_(value)
     value.zero_()
     w[3].fill_(torch.tensor(5))

@@ -42,7 +42,7 @@ def test_other_layers_do_not_matter() -> None:
     assert equal(renamed["a.weight"], few["a.weight"])
 
 
-def test_names_of_the_end_of_the_block() -> None:
+def test_names_of_the_end_of_the_scope() -> None:
     def grown() -> nn.Module:
         parts = [nn.Linear(4, 4) for _ in range(3)]
         model = nn.Sequential(parts[2], nn.Linear(4, 4), parts[0])
@@ -56,7 +56,7 @@ def test_names_of_the_end_of_the_block() -> None:
     assert differ(plain, state(by_fused(grown))) == []
 
 
-def test_two_models_in_a_block() -> None:
+def test_two_models_in_a_scope() -> None:
     with seeded() as report:
         one, two = nn.Linear(4, 4), nn.Linear(4, 4)
     assert list(keys(report)) == ["weight", "bias", "~1.weight", "~1.bias"]

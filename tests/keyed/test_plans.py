@@ -145,7 +145,7 @@ def test_plans_prefix() -> None:
     assert equal(cast(Any, model).a.weight, expected)
 
 
-def test_a_plan_in_a_block_with_a_seed() -> None:
+def test_a_plan_in_a_scope_with_a_seed() -> None:
     """Its numbers are of the seed, or it says that they are not."""
     w = torch.empty(9)
     plan = Plan()

@@ -226,14 +226,14 @@ def test_prefix_of_running_numbers() -> None:
     assert not equal(*seen)
 
 
-def test_a_key_without_a_name_in_a_block_of_its_seed() -> None:
+def test_a_key_without_a_name_in_a_scope_of_its_seed() -> None:
     with seeded():
         one = torch.randn(9) * 1
         two = fastinit.normal_(torch.empty(9), generator=Key(SEED)) * 1
     assert not equal(one, two)
 
 
-def test_a_thread_in_the_block() -> None:
+def test_a_thread_in_the_scope() -> None:
     """What was asked for before it starts is written then."""
     with seeded() as report:
         model = Net("a")

@@ -37,7 +37,7 @@ from tests.support.seeded import (
 )
 
 
-def test_nested_blocks() -> None:
+def test_nested_scopes() -> None:
     with seeded(-5) as outer:
         with fused(seed=-5) as inner, fused(seed=2**64 - 5), fused():
             model = Net("a")
@@ -56,15 +56,15 @@ def test_nested_blocks() -> None:
     assert meta.weight.is_meta
 
 
-def test_prefix_of_a_nested_block() -> None:
-    """Names of what the outer block makes have one prefix."""
+def test_prefix_of_a_nested_scopes() -> None:
+    """Names of what the outer scope makes have one prefix."""
     refused = pytest.raises(RuntimeError, match="a block with a prefix")
     with seeded(), refused, fused(seed=SEED, prefix="a."):
         pass
 
 
 @pytest.mark.parametrize("way", ["init_model_", "materialize_"])
-def test_in_a_block(way: str) -> None:
+def test_in_a_scope(way: str) -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 1)))
 
@@ -75,18 +75,18 @@ def test_in_a_block(way: str) -> None:
     assert differ(expected, state(model)) == []
 
 
-def test_in_a_block_with_prefix() -> None:
+def test_in_a_scope_with_prefix() -> None:
     model = made(lambda: nn.Linear(8, 8))
     with seeded():
         init_model_(model, seed=SEED, prefix="a.")
     assert equal(cast(Tensor, model.weight), by_fused(lambda: Net("a")).a.weight)  # type: ignore[union-attr,arg-type]
 
 
-def test_a_block_that_runs_twice() -> None:
-    block = fused(seed=SEED)
-    with block as first:
+def test_a_scope_that_runs_twice() -> None:
+    scope = fused(seed=SEED)
+    with scope as first:
         one = Net("a")
-    with block as second:
+    with scope as second:
         two = Net("a")
     assert first is not second
     assert differ(state(one), state(two)) == []
@@ -138,20 +138,20 @@ def test_errors_are_torchs(name: str, options: dict[str, Any]) -> None:
     assert differ(state(model), state(by_fused(lambda: Net("a")))) == []
 
 
-def test_no_block_without_operators() -> None:
+def test_no_scope_without_operators() -> None:
     with FakeTensorMode(), pytest.raises(RuntimeError, match="a block with a seed has to see"):
-        init_in_block()
+        init_in_scope()
     with pytest.raises(RuntimeError, match="a block with a seed has to see"):
-        record(Net("a"), lambda m: init_in_block())
+        record(Net("a"), lambda m: init_in_scope())
 
 
-def init_in_block() -> None:
+def init_in_scope() -> None:
     with fused(seed=SEED):
         pass
 
 
-def test_keys_in_a_block() -> None:
-    """A Key says what it is, whatever the block's seed."""
+def test_keys_in_a_scope() -> None:
+    """A Key says what it is, whatever the scope's seed."""
     for seed in (None, SEED, 5):
         for n in (5, 9000):
             with fused(seed=seed) as report:
@@ -169,7 +169,7 @@ def test_keys_in_a_block() -> None:
             assert keys(report) == {"0": "x, y", "1": "", "2": "z"}
 
 
-def test_blocks_of_threads() -> None:
+def test_scopes_of_threads() -> None:
     """Each has its own."""
     out: dict[int, nn.Module] = {}
 

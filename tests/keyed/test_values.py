@@ -159,7 +159,7 @@ def test_sparse(dtype: torch.dtype) -> None:
 WHOLES = [(3001,), (53, 61), (13, 17, 15), (8, 9, 5, 11), (4, 5, 6, 7, 3)]
 
 
-def some_blocks(whole: Sequence[int], count: int) -> list[tuple[list[int], list[int]]]:
+def some_parts(whole: Sequence[int], count: int) -> list[tuple[list[int], list[int]]]:
     """Offsets and shapes: all, nothing, the last element, and random ones."""
     rng = np.random.default_rng(len(whole))
     found = [([0] * len(whole), list(whole)), (list(whole), [0] * len(whole))]
@@ -173,20 +173,20 @@ def some_blocks(whole: Sequence[int], count: int) -> list[tuple[list[int], list[
 
 @each_dtype
 @pytest.mark.parametrize("whole", WHOLES, ids=str)
-def test_blocks(dtype: torch.dtype, whole: tuple[int, ...]) -> None:
+def test_parts(dtype: torch.dtype, whole: tuple[int, ...]) -> None:
     calls = [*LAWS, *(OF_FANS if len(whole) > 1 else [])]
     if len(whole) == 2:
         calls.append(("sparse_", (0.4, 0.3)))
     for name, args in calls:
         expected = fill(name, whole, *args, dtype=dtype, generator=key())
-        for i, (offset, shape) in enumerate(some_blocks(whole, 12)):
-            block = torch.full(shape, 13.0, dtype=dtype)
+        for i, (offset, shape) in enumerate(some_parts(whole, 12)):
+            part = torch.full(shape, 13.0, dtype=dtype)
             if i % 2:  # transposed in memory
-                block = torch.full(shape[::-1], 13.0, dtype=dtype).permute(*range(len(shape))[::-1])
+                part = torch.full(shape[::-1], 13.0, dtype=dtype).permute(*range(len(shape))[::-1])
             place = key().part(whole, tuple(offset))
-            fill(name, block, *args, generator=place)
+            fill(name, part, *args, generator=place)
             where = tuple(slice(o, o + n) for o, n in zip(offset, shape))
-            assert_bits(block, expected[where], (name, args, offset, shape))
+            assert_bits(part, expected[where], (name, args, offset, shape))
 
 
 @each_dtype
@@ -211,7 +211,7 @@ FAR = [
 
 @each_dtype
 @pytest.mark.parametrize(("whole", "offset", "shape"), FAR, ids=str)
-def test_far_blocks(
+def test_far_parts(
     dtype: torch.dtype, whole: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]
 ) -> None:
     """Numbers of elements and of blocks of words above 2^32."""

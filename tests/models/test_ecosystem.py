@@ -17,10 +17,10 @@ import torch.nn.init as torch_init
 from torch import nn
 
 import fastinit
-from tests.support import blocks
-from tests.support.blocks import Block, Cases, Variant, compare
+from tests.support import scopes
 from tests.support.compare import BF16, F32
 from tests.support.marks import slow, slow_but
+from tests.support.scopes import Cases, Scope, Variant, compare
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
@@ -40,12 +40,12 @@ def library(name: str) -> Any:
 
 
 @case
-def transformer(b: Block) -> Any:
+def transformer(s: Scope) -> Any:
     return nn.Transformer(64, 4, 2, 2, 96, batch_first=True)
 
 
 @case
-def layers_copied(b: Block) -> Any:
+def layers_copied(s: Scope) -> Any:
     """An encoder is deep copies of one layer, which stays as it was; a head is tied afterwards."""
     layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 3, norm=nn.LayerNorm(64), enable_nested_tensor=False)
@@ -59,7 +59,7 @@ def layers_copied(b: Block) -> Any:
 
 
 @case
-def encoder_run(b: Block) -> Any:
+def encoder_run(s: Scope) -> Any:
     layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     x = torch.linspace(-1, 1, 2 * 5 * 64).view(2, 5, 64)
@@ -67,7 +67,7 @@ def encoder_run(b: Block) -> Any:
 
 
 @case
-def recurrent(b: Block) -> Any:
+def recurrent(s: Scope) -> Any:
     """A language model as fairseq and AWD-LSTM build it: orthogonal, forget gates at one."""
     lstm = nn.LSTM(64, 80, 2, bidirectional=True)
     for name, p in lstm.named_parameters():
@@ -82,7 +82,7 @@ def recurrent(b: Block) -> Any:
 
 
 @case
-def target_network(b: Block) -> Any:
+def target_network(s: Scope) -> Any:
     """Copies of what is pending: deepcopy, load_state_dict, and an average over both."""
     online = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 70))
     target = copy.deepcopy(online)
@@ -95,14 +95,14 @@ def target_network(b: Block) -> Any:
 
 
 @case
-def skipped_init(b: Block) -> Any:
+def skipped_init(s: Scope) -> Any:
     linear = nn.utils.skip_init(nn.Linear, 70, 80)
     linear.reset_parameters()
     return linear
 
 
 @case
-def default_dtype(b: Block) -> Any:
+def default_dtype(s: Scope) -> Any:
     torch.set_default_dtype(BF16)
     try:
         return nn.Transformer(64, 4, 1, 1, 96), torch.randn(70, 70), nn.Conv2d(16, 32, 3)
@@ -114,7 +114,7 @@ def default_dtype(b: Block) -> Any:
 
 
 @case
-def diffusers_unet(b: Block) -> Any:
+def diffusers_unet(s: Scope) -> Any:
     return library("diffusers").UNet2DModel(
         sample_size=16,
         layers_per_block=1,
@@ -126,7 +126,7 @@ def diffusers_unet(b: Block) -> Any:
 
 
 @case
-def diffusers_autoencoder_and_dit(b: Block) -> Any:
+def diffusers_autoencoder_and_dit(s: Scope) -> Any:
     diffusers = library("diffusers")
     autoencoder = diffusers.AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
     transformer = diffusers.DiTTransformer2DModel(
@@ -145,7 +145,7 @@ def agent(algorithm: str, environment: str, **options: Any) -> Any:
 
 
 @case
-def sb3_ppo(b: Block) -> Any:
+def sb3_ppo(s: Scope) -> Any:
     """orthogonal_ with a gain of its own for every layer; then 16 steps of training."""
     torch.manual_seed(1)
     model = agent("PPO", "CartPole-v1", n_steps=16, batch_size=16, n_epochs=1)
@@ -155,7 +155,7 @@ def sb3_ppo(b: Block) -> Any:
 
 
 @case
-def sb3_off_policy(b: Block) -> Any:
+def sb3_off_policy(s: Scope) -> Any:
     """Target networks are a second construction and load_state_dict."""
     q = agent("DQN", "CartPole-v1", buffer_size=10)
     sac = agent("SAC", "Pendulum-v1", buffer_size=10)
@@ -178,7 +178,7 @@ class Lit(nn.Module):
 
 
 @case
-def lightning_fabric(b: Block) -> Any:
+def lightning_fabric(s: Scope) -> Any:
     fabric = library("lightning").Fabric(accelerator="cpu", devices=1, precision="bf16-true")
     with fabric.init_module(empty_init=False):
         full = Lit()
@@ -189,7 +189,7 @@ def lightning_fabric(b: Block) -> Any:
 
 
 @case
-def lightning_trainer(b: Block) -> Any:
+def lightning_trainer(s: Scope) -> Any:
     lightning = library("lightning")
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(accelerator="cpu", devices=1, enable_checkpointing=False, **options)
@@ -204,7 +204,7 @@ def lightning_trainer(b: Block) -> Any:
 @pytest.mark.usefixtures("own_factors")
 def test_case(name: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = Variant(smallest=fastinit.core.geometry.MIN_NATIVE)  # small tensors as users have it
-    monkeypatch.setitem(blocks.VARIANTS, "usual", usual)
+    monkeypatch.setitem(scopes.VARIANTS, "usual", usual)
     count = fastinit.core.kernels.native_fills
     compare(case[name], variant)
     assert fastinit.core.kernels.native_fills > count, "fused() left all of it to torch"

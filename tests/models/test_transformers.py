@@ -20,10 +20,10 @@ import torch.nn.init as torch_init
 from torch import nn
 
 import fastinit
-from tests.support import blocks
-from tests.support.blocks import Block, Cases, Variant, compare
+from tests.support import scopes
 from tests.support.compare import BF16, F16, F32, F64, assert_equal_seen, bits
 from tests.support.marks import slow, slow_but
+from tests.support.scopes import Cases, Scope, Variant, compare
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 tr = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -36,7 +36,7 @@ case = Cases()
 def usual(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variant of compare() in which small tensors are not held back, as users have it."""
     variant = Variant(smallest=fastinit.core.geometry.MIN_NATIVE)
-    monkeypatch.setitem(blocks.VARIANTS, "usual", variant)
+    monkeypatch.setitem(scopes.VARIANTS, "usual", variant)
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +176,7 @@ def seen_of(model: nn.Module) -> tuple[Any, ...]:
     return model, list(persistent), marks, modules
 
 
-def assert_same_in_block(function: blocks.Case, variant: str = "inside") -> None:
+def assert_same_in_block(function: scopes.Case, variant: str = "inside") -> None:
     count = fastinit.core.kernels.native_fills
     compare(function, variant)
     assert fastinit.core.kernels.native_fills > count, "fused() left all of it to torch"
@@ -200,21 +200,21 @@ def test_construction_in_another_dtype(name: str, dtype: torch.dtype) -> None:
 
 
 @case
-def automatic(b: Block) -> Any:
+def automatic(s: Scope) -> Any:
     causal = tr.AutoModelForCausalLM.from_config(config_of("llama"))
     bare = tr.AutoModel.from_config(config_of("bert"), dtype=BF16)
     return seen_of(causal), seen_of(bare)
 
 
 @case
-def two_models_one_dropped(b: Block) -> Any:
+def two_models_one_dropped(s: Scope) -> Any:
     """The memory of the first is free for the second while fills are pending."""
     build("gpt2")
     return seen_of(build("gpt2"))
 
 
 @case
-def default_dtype(b: Block) -> Any:
+def default_dtype(s: Scope) -> Any:
     torch.set_default_dtype(BF16)
     try:
         return seen_of(tr.LlamaForCausalLM(config_of("llama")))
@@ -223,7 +223,7 @@ def default_dtype(b: Block) -> Any:
 
 
 @case
-def weights_again(b: Block) -> Any:
+def weights_again(s: Scope) -> Any:
     """As transformers' Trainer does for a fresh head: the same modules initialised twice."""
     model = build("bert")
     model.apply(model._init_weights)
@@ -231,7 +231,7 @@ def weights_again(b: Block) -> Any:
 
 
 @case
-def a_seed_per_model(b: Block) -> Any:
+def a_seed_per_model(s: Scope) -> Any:
     tr.set_seed(5)
     first = build("llama")
     tr.set_seed(5)
@@ -242,7 +242,7 @@ def a_seed_per_model(b: Block) -> Any:
 
 
 @case
-def resized_embeddings(b: Block) -> Any:
+def resized_embeddings(s: Scope) -> Any:
     """By default new rows are drawn from a normal with the mean and covariance of the old ones."""
     results = []
     for name in ("llama", "t5", "bert"):
@@ -253,7 +253,7 @@ def resized_embeddings(b: Block) -> Any:
 
 
 @case
-def converted(b: Block) -> Any:
+def converted(s: Scope) -> Any:
     return [
         seen_of(build("llama").bfloat16()),
         seen_of(build("bert").half()),
@@ -262,7 +262,7 @@ def converted(b: Block) -> Any:
 
 
 @case
-def copied(b: Block) -> Any:
+def copied(s: Scope) -> Any:
     model = build("t5")
     twin = copy.deepcopy(model)
     nn.init.normal_(model.shared.weight)
@@ -270,7 +270,7 @@ def copied(b: Block) -> Any:
 
 
 @case
-def logits(b: Block) -> Any:
+def logits(s: Scope) -> Any:
     ids = torch.arange(24).view(2, 12) % 50
     text = [build(name).eval()(ids).logits for name in ("gpt2", "llama", "mixtral")]
     image = build("vit").eval()(torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)).logits
@@ -278,14 +278,14 @@ def logits(b: Block) -> Any:
 
 
 @case
-def generated(b: Block) -> Any:
+def generated(s: Scope) -> Any:
     model = build("llama").eval()
     ids = torch.arange(5)[None] + 7
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6), model
 
 
 @case
-def a_step_of_training(b: Block) -> Any:
+def a_step_of_training(s: Scope) -> Any:
     """Dropout and gradients of tensors whose fills were pending; then a step of the optimizer."""
     model = build("gpt2").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -296,7 +296,7 @@ def a_step_of_training(b: Block) -> Any:
 
 
 @case
-def new_head(b: Block) -> Any:
+def new_head(s: Scope) -> Any:
     model = build("bert")
     model.cls.predictions.decoder = nn.Linear(128, 1000)
     model.tie_weights()
@@ -325,7 +325,7 @@ def start_again(model: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", "modernbert"])
 def test_no_init_weights(name: str) -> None:
-    def without(b: Block) -> Any:
+    def without(s: Scope) -> Any:
         with hf_init.no_init_weights():
             model = build(name)
         return seen_of(start_again(model))
@@ -336,7 +336,7 @@ def test_no_init_weights(name: str) -> None:
 
 @pytest.mark.parametrize("name", slow_but(["llama", "bert", "t5", "vit"], "llama"))
 def test_meta_and_to_empty(name: str) -> None:
-    def from_meta(b: Block) -> Any:
+    def from_meta(s: Scope) -> Any:
         with torch.device("meta"):
             model = build(name)
         on_meta = seen_of(copy.deepcopy(model))
@@ -351,7 +351,7 @@ def test_meta_and_to_empty(name: str) -> None:
 def test_accelerate_empty_weights(include_buffers: bool) -> None:
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-    def empty(b: Block) -> Any:
+    def empty(s: Scope) -> Any:
         with accelerate.init_empty_weights(include_buffers=include_buffers):
             models = [build("llama"), build("bert")]
         return [seen_of(start_again(m.to_empty(device="cpu"))) for m in models]
@@ -395,9 +395,9 @@ def test_from_pretrained(name: str, checkpoint: Path) -> None:
 
 @pytest.mark.slow
 def test_from_pretrained_that_fails(checkpoint: Path) -> None:
-    def mismatched(b: Block) -> Any:
-        b.notes.append(build("bert"))  # what was made before has its values
-        b.raises = True
+    def mismatched(s: Scope) -> Any:
+        s.notes.append(build("bert"))  # what was made before has its values
+        s.raises = True
         return loaded(checkpoint, vocab_size=1100)
 
     assert_same_in_block(mismatched)
@@ -407,7 +407,7 @@ def test_from_pretrained_that_fails(checkpoint: Path) -> None:
 def test_saved_inside(tmp_path: Path) -> None:
     """safetensors and pickle read memory behind torch's back."""
 
-    def saved(b: Block) -> Any:
+    def saved(s: Scope) -> Any:
         model = build("t5")
         model.save_pretrained(tmp_path)
         torch.save(model.state_dict(), tmp_path / "state.pt")

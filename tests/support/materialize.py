@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import fastinit
-from tests.support.blocks import _full_of
 from tests.support.compare import assert_equal_seen, attempt
 from tests.support.models import model_state, on_meta, reset
+from tests.support.scopes import _full_of
 
 Make = Callable[[], nn.Module]
 Fn = Callable[[nn.Module], Any]

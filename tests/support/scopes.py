@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Run a function eagerly and inside `fastinit.fused()`, and compare all that it can see.
 
-A case takes a Block and returns what it saw: tensors, modules, arrays and plain values, in lists,
+A case takes a Scope and returns what it saw: tensors, modules, arrays and plain values, in lists,
 tuples and dicts as it likes. It runs with the heap full of one byte and again with it full of
 another, so that it must not return what it did not write, and a fill that was lost shows.
 """
@@ -35,9 +35,9 @@ _BYTES = (0x33, 0x88)  # what fresh memory is full of: the complement of the fir
 
 @dataclass(frozen=True)
 class Variant:
-    before: bool = False  # what the case makes is made before the block
+    before: bool = False  # what the case makes is made before the scope
     adopted: bool = False  # and may wait all the same, as in init_model_
-    watched: bool = False  # what the case returns is also looked at inside the block
+    watched: bool = False  # what the case returns is also looked at inside the scope
     smallest: int = 0  # MIN_NATIVE: fills of fewer elements are not held back
     at: Position = field(default_factory=Position)
 
@@ -54,14 +54,14 @@ N = 20_000  # elements that wait whoever asks; in AS_USERS_HAVE_IT small tensors
 
 
 @dataclass
-class Block:
+class Scope:
     """What a case is given: its generator, and ways to make what may come from outside."""
 
     captured: bool
     g: torch.Generator = field(default_factory=torch.Generator)
     notes: list[Any] = field(default_factory=list)  # seen before an exception
     orders: list[Callable[[], Any]] = field(default_factory=list)  # what was made
-    made: list[Any] = field(default_factory=list)  # before the block, to be handed out
+    made: list[Any] = field(default_factory=list)  # before the scope, to be handed out
     raises: bool = False  # set by a case that is about to raise
 
     def make(self, factory: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -72,11 +72,11 @@ class Block:
         return self.make(torch.empty, *shape, **kwargs)
 
     def fused(self) -> AbstractContextManager[Any]:
-        """A block of the case's own."""
+        """A scope of the case's own."""
         return fastinit.fused() if self.captured else nullcontext()
 
 
-Case = Callable[[Block], Any]
+Case = Callable[[Scope], Any]
 
 
 class Cases(dict[str, Case]):
@@ -172,31 +172,31 @@ def _tensors_of(x: Any) -> Iterator[torch.Tensor]:
 
 def _run(
     case: Case, captured: bool, variant: Variant, orders: list[Callable[[], Any]], own: bool
-) -> tuple[dict[str, Any], Block, Any, Any]:
-    """All that was seen; the block; what keeps its memory alive; the report."""
-    block = Block(captured)
+) -> tuple[dict[str, Any], Scope, Any, Any]:
+    """All that was seen; the scope; what keeps its memory alive; the report."""
+    scope = Scope(captured)
     if variant.before:
         torch.manual_seed(2)
-        block.made = [make() for make in orders]
+        scope.made = [make() for make in orders]
     variant.at.place(torch.default_generator)
-    variant.at.place(block.g)
+    variant.at.place(scope.g)
     seen: dict[str, Any] = {}
     report: list[Any] = []
 
     def body() -> Any:
-        older = [t for x in block.made for t in _tensors_of(x)] if variant.adopted else ()
+        older = [t for x in scope.made for t in _tensors_of(x)] if variant.adopted else ()
         with adopting(older) if captured and not own else nullcontext() as entered:
             report.append(entered)
-            returned = case(block)
-            seen["inside"] = _Seen((returned, block.notes)) if variant.watched else {}
+            returned = case(scope)
+            seen["inside"] = _Seen((returned, scope.notes)) if variant.watched else {}
         return returned
 
     returned, seen["failure"], seen["warnings"] = attempt(body)
-    seen["explicit generator"] = block.g.get_state()
+    seen["explicit generator"] = scope.g.get_state()
     seen["default generator"] = torch.get_rng_state()
-    seen.update(_Seen((returned, block.notes)))
+    seen.update(_Seen((returned, scope.notes)))
     seen.update({f"inside{key}": value for key, value in seen.pop("inside", {}).items()})
-    return seen, block, returned, report[0]
+    return seen, scope, returned, report[0]
 
 
 def compare(case: Case, variant: str = "inside", *, own: bool = False) -> Any:
@@ -209,7 +209,7 @@ def compare(case: Case, variant: str = "inside", *, own: bool = False) -> Any:
         with _full_of(_BYTES[0]):
             eager, *kept = _run(case, False, how, scout.orders, own)
         with _full_of(_BYTES[1]):
-            fused, block, _, report = _run(case, True, how, scout.orders, own)
+            fused, scope, _, report = _run(case, True, how, scout.orders, own)
         what = f"{case.__name__}, {variant}"
         assert bool(eager["failure"]) == scout.raises, f"{what}: torch: {eager['failure']}"
         both = [key for key in eager if key in fused]  # lengths tell more than missing keys
@@ -217,7 +217,7 @@ def compare(case: Case, variant: str = "inside", *, own: bool = False) -> Any:
             {key: eager[key] for key in both}, {key: fused[key] for key in both}, what
         )
         assert eager.keys() == fused.keys(), what
-        assert not block.made, f"{what}: not everything that was made before was used"
+        assert not scope.made, f"{what}: not everything that was made before was used"
         del kept  # until here: its memory held the right values
     return report
 
@@ -225,7 +225,7 @@ def compare(case: Case, variant: str = "inside", *, own: bool = False) -> Any:
 def same(make: Callable[[], Any]) -> fastinit.Report:
     """Assert that fused() changes nothing about what make() returns, with users' thresholds."""
 
-    def case(b: Block) -> Any:
+    def case(s: Scope) -> Any:
         return make()
 
     report: fastinit.Report = compare(case, "as users have it")
@@ -248,12 +248,12 @@ def compare_in_process(python: Callable[..., Any], module: str) -> None:
         import importlib, sys
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
         import pytest
-        from tests.support import blocks, compare
+        from tests.support import scopes, compare
         compare.use_own_factors(pytest.MonkeyPatch())
         for name, case in importlib.import_module({module!r}).DANGEROUS.items():
-            for variant in blocks.VARIANTS:
+            for variant in scopes.VARIANTS:
                 print(name, variant, flush=True)
-                blocks.compare(case, variant)
+                scopes.compare(case, variant)
         print("equal")
         """
     )
