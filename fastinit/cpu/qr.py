@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Orthogonal factors of Gaussian matrices in CPU memory: batches, their progress, interruption.
 
-csrc/cpu/qr/qr.inl.h has the arithmetic, docs/design.md the two ways.
+csrc/cpu/qr/qr.inl.h has the arithmetic, docs/decisions.md the two ways.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Every argument the float32 normals can have: 2^24 radii and 2^24 angles.
 
-The kernel replaces steps of torch's polynomials by cheaper ones that are exact (docs/design.md).
+The kernel replaces steps of torch's polynomials by cheaper ones that are exact (docs/decisions.md).
 Random values would support that but not show it. A generator's state can be written so that its
 next words are the ones wanted: tempering is a bijection.
 """
