@@ -125,7 +125,8 @@ def draw_ahead(fill: Fill, scratch: torch.Tensor, caller: Caller | None) -> Draw
 
     `scratch`: memory for a generator's state, of the calling thread's own.
     """
-    drawn = Drawn(fill, geometry.in_storage(fill.tensor), caller=caller)
+    extent = geometry.in_storage(fill.tensor)
+    drawn = Drawn(fill, fill.items, fill.is_dense, extent, caller=caller)
     if fill.device >= 0:
         drawn.stream = cuda_fills.stream(fill)
         if fill.generator is not None:

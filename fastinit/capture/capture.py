@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastinit import execute, probe
 from fastinit.capture import operators
 from fastinit.capture.operators import leaves
-from fastinit.capture.pending import Memory, Stage, Waiting, is_all, pieces, stages
+from fastinit.capture.pending import KeyedFill, Memory, Stage, Waiting, is_all, pieces, stages
 from fastinit.capture.report import Report
 from fastinit.capture.storages import Storages
 from fastinit.capture.threads import Others
@@ -157,19 +157,25 @@ class Capture(Mode, Recorder):
     def _overwrite(self, memory: Memory, by: tuple[int, int]) -> None:
         """Drop what lies between these bytes."""
         begin, end = by
-        under = [f for f in memory.fills if begin <= f.extent[0] and f.extent[1] <= end]
-        if under:
-            self._dropped(memory, under)
-            memory.fills = [f for f in memory.fills if f.extent[0] < begin or end < f.extent[1]]
+        kept = []
+        for fill in memory.fills:
+            if begin <= fill.extent[0] and fill.extent[1] <= end:
+                self._drop(memory, fill)
+            else:
+                kept.append(fill)
+        memory.fills = kept
 
     def _forget(self, memory: Memory) -> None:
         """Drop everything that is pending in a storage."""
-        self._dropped(memory, memory.fills)
+        for fill in memory.fills:
+            self._drop(memory, fill)
         memory.fills = []
         self._pending.pop(memory.storage_id, None)
 
-    def _dropped(self, memory: Memory, fills: Iterable[Waiting]) -> None:
-        self.report.drop(fills)
+    def _drop(self, memory: Memory, fill: Waiting) -> None:
+        self.report.dropped_elements += fill.items
+        if isinstance(fill, KeyedFill) and fill.identity is not None:
+            fill.identity.leave(memory)
 
     # ---- operators that are more than reads ----------------------------------------------------
 

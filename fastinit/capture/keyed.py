@@ -209,12 +209,6 @@ class KeyedCapture(Capture):
         self._push(memory, new)
         return True
 
-    def _dropped(self, memory: Memory, fills: Iterable[Waiting]) -> None:
-        super()._dropped(memory, fills)
-        for fill in fills:
-            if isinstance(fill, KeyedFill) and fill.identity is not None:
-                fill.identity.leave(memory)
-
 
 class SeededCapture(KeyedCapture):
     """Gives everything that is drawn from torch's default generators the numbers of a seed.

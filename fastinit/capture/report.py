@@ -77,9 +77,6 @@ class Report:
 
     # ---- what capture.py tells -----------------------------------------------------------------
 
-    def drop(self, fills: Iterable[Waiting]) -> None:
-        self.dropped_elements += sum(f.items for f in fills)
-
     def close(self, memories: Iterable[Memory], ours: Collection[int]) -> None:
         """The scope is over: what its tensors are now is what is reported of them."""
         memories = list(memories)

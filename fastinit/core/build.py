@@ -61,7 +61,11 @@ def ways(law: Law, t: Tensor, generator: object, accepted: bool = False) -> Iter
 
 def one(law: Law, t: Tensor, generator: object, accepted: bool = False) -> Fill | None:
     """Return the fill of a law that takes one fill and has one way: uniform, normal, constant."""
-    return next(_ways(law, t, generator, accepted))[0]
+    if law.op == "constant":
+        return constant(t, law.numbers[0], accepted)
+    a, b = law.numbers
+    make = uniform if law.op == "uniform" else normal
+    return make(t, a, b, generator, accepted)
 
 
 def _ways(law: Law, t: Tensor, generator: object, accepted: bool) -> Iterator[list[Fill | None]]:

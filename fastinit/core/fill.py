@@ -84,6 +84,8 @@ class Drawn:
     """A fill whose words have been drawn, to be written to a storage that may die before."""
 
     fill: Fill  # of an empty tensor of its dtype
+    items: int
+    is_dense: bool  # every byte of the extent is written
     extent: tuple[int, int]  # bytes of the storage: the first and the one behind the last
     # Of the generator, before: all of it, or on a GPU seed and block. None: no words are drawn.
     state: Tensor | tuple[int, int] | None = None
@@ -100,16 +102,8 @@ class Drawn:
         return self.fill.a
 
     @property
-    def items(self) -> int:
-        return self.fill.items
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.fill.tensor.dtype
-
-    @property
-    def is_dense(self) -> bool:
-        return self.fill.is_dense
 
 
 def gaussian_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -231,7 +231,9 @@ def test_drawn_ahead(gpu: Gpu) -> None:
         assert fill is not None
         start = t.storage_offset() * t.element_size()
         extent = start, start + geometry.span(t) * t.element_size()
-        waiting = Drawn(fill, extent, stream=7)  # drawing says it as well
+        waiting = Drawn(
+            fill, fill.items, fill.is_dense, extent, stream=7
+        )  # drawing says it as well
         if fill.generator is not None:
             waiting.state, waiting.mask = cuda_fills.draw_ahead(fill)
         fill.tensor = geometry.NO_TENSOR[t.dtype]

@@ -45,7 +45,7 @@ def test_threads_draw_no_number_twice(
         lock_of = source.lock_of
         of_type = lambda g: source._locks.setdefault(
             source.generator_id(g), source.threading.RLock()
-        )  # noqa: E731
+        )
         monkeypatch.setattr(
             source, "lock_of", lambda g: of_type(g) if isinstance(g, Slow) else lock_of(g)
         )
