@@ -139,7 +139,7 @@ class Capture(Mode, Recorder):
         memory.touched = True
         if fill.is_dense:
             if fill.extent[0] == 0:
-                memory.overwrites += fill.extent[1] == memory.nbytes()
+                memory.overwrites += fill.extent[1] == memory.nbytes
             if memory.fills:
                 self._overwrite(memory, fill.extent)
         memory.fills.append(fill)

@@ -22,12 +22,23 @@ from fastinit.core.shard import Slab
 class Memory:
     """A storage whose fills may wait."""
 
-    __slots__ = ("fills", "label", "overwrites", "storage_id", "touched", "weak", "written")
+    __slots__ = (
+        "fills",
+        "label",
+        "nbytes",
+        "overwrites",
+        "storage_id",
+        "touched",
+        "weak",
+        "written",
+    )
 
     def __init__(self, tensor: Tensor) -> None:
         self.storage_id = geometry.storage_id(tensor)
         # As long as it lives, no other storage gets this id.
-        self.weak = StorageWeakRef(geometry.storage_of(tensor))  # type: ignore[no-untyped-call]
+        storage = geometry.storage_of(tensor)
+        self.weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self.nbytes = storage.nbytes()  # what resizes it exposes it first
         self.fills: list[Waiting] = []  # in the order in which they were asked for
         self.written: list[Written] = []  # for the report
         self.label = ""  # takes the place of a name in the keyed stream: "#" and a number
@@ -37,10 +48,6 @@ class Memory:
     def storage(self) -> torch.UntypedStorage | None:
         """Return the storage if it lives."""
         return torch.UntypedStorage._new_with_weak_ptr(self.weak.cdata)
-
-    def nbytes(self) -> int:
-        storage = self.storage()
-        return 0 if storage is None else storage.nbytes()
 
     def is_dead(self) -> bool:
         return bool(self.weak.expired())  # type: ignore[no-untyped-call]
