@@ -21,7 +21,6 @@ from tests.support.compare import use_own_factors
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
     config.addinivalue_line("markers", "cuda: needs a GPU; left out where there is none")
-    config.addinivalue_line("markers", "slow: left out unless asked for with -m")
     config.addinivalue_line("markers", "sanitize: what compute-sanitizer is to look at")
 
 
