@@ -21,7 +21,7 @@ from fastinit.core import build, geometry, laws, recording, shard, source
 from fastinit.core.fill import Fill
 from fastinit.core.key import Key
 from fastinit.core.laws import Law
-from fastinit.core.recording import Call
+from fastinit.core.recording import Call, Recorder
 
 Source = Generator | Key | None  # where words come from; None: torch's default generator
 # The functions of torch.nn.init, whatever they are replaced by later.
@@ -49,7 +49,7 @@ def write(
     """
     if written(name, tensor, args, generator, moved, least):
         return tensor
-    return leave_to_torch(Call(ORIGINALS[name], name, tensor, args, generator))
+    return leave_to_torch(ORIGINALS[name], name, tensor, args, generator)
 
 
 def written(
@@ -63,23 +63,21 @@ def written(
     """Write with the numbers of a key, or natively with torch's; return False if torch has to."""
     if moved:
         _refuse(name, moved)
-    if is_keyed(generator):
+    recorder = recording.this_thread.recorder
+    if is_keyed(generator, recorder):
         _write_keyed(name, tensor, args, generator if isinstance(generator, Key) else None)
         return True
-    if not may_run_natively(tensor, least):
+    if not may_run_natively(tensor, least, recorder):
         return False
     law = laws.of(name, tensor, args)
     return any(_run(law, fills) for fills in build.ways(law, tensor, generator))
 
 
-def is_keyed(generator: Source) -> bool:
+def is_keyed(generator: Source, recorder: Recorder | None) -> bool:
     """Return whether numbers come from a key: the caller's, or the seed of the scope around."""
-    if isinstance(generator, Key):
-        return True
-    recorder = recording.this_thread.recorder
     if recorder is None or recorder.seed is None:
-        return False
-    return generator is None or source.is_default(generator)
+        return isinstance(generator, Key)
+    return generator is None or isinstance(generator, Key) or source.is_default(generator)
 
 
 def _write_keyed(name: str, tensor: Tensor, args: tuple[Any, ...], key: Key | None) -> None:
@@ -93,19 +91,18 @@ def _write_keyed(name: str, tensor: Tensor, args: tuple[Any, ...], key: Key | No
         recorder.fill_keyed(law, tensor, key)
 
 
-def may_run_natively(t: Any, least: int) -> bool:
+def may_run_natively(t: Any, least: int, recorder: Recorder | None) -> bool:
     """Return whether a tensor is plain and large enough for a native call, and nobody watches."""
     if type(t) not in geometry.PLAIN or torch._C._len_torch_function_stack() != 0:
         return False  # before t.numel() would be seen
     n = t.numel()
-    recorder = recording.this_thread.recorder
-    if recorder is not None and recorder.seed is not None:
-        return False
-    if recorder is not None and least != 0:
-        is_large = recorder.takes(t)
-    else:
+    if recorder is None or least == 0:
         is_large = n >= least * geometry.least(geometry.device_of(t))
-    return is_large and n != 0 and not torch.compiler.is_compiling() and recording.modes_allow()
+    else:
+        is_large = recorder.takes(t)
+    if not is_large or (recorder is not None and recorder.seed is not None):
+        return False
+    return n != 0 and not torch.compiler.is_compiling() and recording.modes_allow()
 
 
 def has_no_elements(t: Any, generator: Source) -> bool:
@@ -134,14 +131,22 @@ def _run(law: Law, fills: Iterable[Fill]) -> bool:
     return True
 
 
-def leave_to_torch(call: Call) -> Tensor:
-    """Call torch's function, or record the call."""
+def leave_to_torch(
+    function: Callable[..., Tensor],
+    name: str,
+    tensor: Tensor,
+    args: tuple[Any, ...],
+    generator: object,
+) -> Tensor:
+    """Call the function of torch that writes the law of `name`, or record the call."""
     recorder = recording.this_thread.recorder
     if recorder is not None:
-        recorder.call(call)
-        return call.tensor
-    with source.default_lock if call.generator is None else source.lock_of(call.generator):
-        return call()
+        recorder.call(Call(function, name, tensor, args, generator))
+        return tensor
+    if name not in laws.DRAW_NOTHING:
+        args = (*args, generator)
+    with source.default_lock if generator is None else source.lock_of(generator):
+        return function(tensor, *args)
 
 
 def _refuse(name: str, moved: dict[str, Any]) -> NoReturn:
@@ -151,6 +156,6 @@ def _refuse(name: str, moved: dict[str, Any]) -> NoReturn:
     instead = f"write {name}(part, generator=key.part(global_shape, offset))"
     if name in ("eye_", "dirac_"):
         instead = "fill a DTensor, or the whole tensor"
-    elif not laws.draws(name):
+    elif name in laws.DRAW_NOTHING:
         instead = "a part of a constant is constant"
     raise TypeError(f"{name}() takes no global_shape= and offset= since 0.6: {instead}")

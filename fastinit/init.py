@@ -19,7 +19,6 @@ from torch import Generator, Tensor
 
 from fastinit.core import build, geometry, kernels, laws, recording, source
 from fastinit.core.fill import gaussian_dtype
-from fastinit.core.recording import Call
 from fastinit.cpu import qr as cpu_qr
 from fastinit.dispatch import (
     ORIGINALS,
@@ -303,11 +302,12 @@ def orthogonal_(
     if written("orthogonal_", tensor, (gain,), generator, moved, 0):
         return tensor
     function: Callable[..., Tensor] = ORIGINALS["orthogonal_"]
-    if may_run_natively(tensor, 0) and tensor.dim() >= 2 and _is_in_cpu_memory(tensor):
+    recorder = recording.this_thread.recorder
+    if may_run_natively(tensor, 0, recorder) and tensor.dim() >= 2 and _is_in_cpu_memory(tensor):
         rows, columns = tensor.shape[0], tensor.numel() // tensor.shape[0]
         if not build.is_narrow(rows, columns, tensor.dtype):
             function = functools.partial(_orthogonal, (rows, columns))
-    return leave_to_torch(Call(function, "orthogonal_", tensor, (gain,), generator))
+    return leave_to_torch(function, "orthogonal_", tensor, (gain,), generator)
 
 
 def orthogonal_batched_(
@@ -328,7 +328,7 @@ def orthogonal_batched_(
         ValueError: fewer than two dimensions.
         RuntimeError: other dtypes.
     """
-    if not is_keyed(generator):
+    if not is_keyed(generator, recording.this_thread.recorder):
         if tensor.dim() < 2:
             raise ValueError("Only tensors with 2 or more dimensions are supported")
         if tensor.numel() == 0 or tensor.is_meta:
@@ -338,7 +338,7 @@ def orthogonal_batched_(
     if written("orthogonal_batched_", tensor, (gain,), generator, moved, 0):
         return tensor
     function = functools.partial(_orthogonal, tuple(tensor.shape))
-    return leave_to_torch(Call(function, "orthogonal_batched_", tensor, (gain,), generator))
+    return leave_to_torch(function, "orthogonal_batched_", tensor, (gain,), generator)
 
 
 def _is_in_cpu_memory(t: Tensor) -> bool:
@@ -399,9 +399,8 @@ def sparse_(
     if written("sparse_", tensor, (sparsity, std), generator, moved):
         return tensor
     with source.turn(torch.default_generator, *_given(generator)):
-        return leave_to_torch(
-            Call(ORIGINALS["sparse_"], "sparse_", tensor, (sparsity, std), generator)
-        )
+        args = (sparsity, std)
+        return leave_to_torch(ORIGINALS["sparse_"], "sparse_", tensor, args, generator)
 
 
 def _no_grad_trunc_normal_(

@@ -24,6 +24,10 @@ _calculate_gain = _torch_init.calculate_gain
 _eye, _dirac = _torch_init.eye_, _torch_init.dirac_  # whatever torch.nn.init is patched with later
 
 
+# Functions of torch.nn.init that take no generator.
+DRAW_NOTHING = frozenset(("constant_", "ones_", "zeros_", "eye_", "dirac_"))
+
+
 class Law(NamedTuple):
     """An operator and its numbers: what is written to a tensor, or to any part of one."""
 
@@ -73,11 +77,6 @@ def of_shape(function: str, dtype: torch.dtype, shape: Sequence[int], args: Sequ
         # Of any number of elements: an expanded one has no storage whose size could overflow.
         whole = torch.empty((), dtype=dtype, device="meta").expand(tuple(shape))
         return of(function, whole, args)
-
-
-def draws(function: str) -> bool:
-    """Return whether a function of torch.nn.init takes a generator."""
-    return function not in ("constant_", "ones_", "zeros_", "eye_", "dirac_")
 
 
 def constant(value: Any) -> Law:

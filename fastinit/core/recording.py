@@ -28,9 +28,9 @@ class Call(NamedTuple):
     generator: object  # None for functions without one; torch says what else it refuses
 
     def __call__(self) -> Tensor:
-        if laws.draws(self.name):
-            return self.function(self.tensor, *self.args, self.generator)
-        return self.function(self.tensor, *self.args)
+        if self.name in laws.DRAW_NOTHING:
+            return self.function(self.tensor, *self.args)
+        return self.function(self.tensor, *self.args, self.generator)
 
     def law(self) -> Law:
         return laws.of_shape(self.name, self.tensor.dtype, self.tensor.shape, self.args)
