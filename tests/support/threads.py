@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 
 
 def in_threads(*jobs: Callable[[], None]) -> None:
-    """Run each job in a thread and raise if one raises, or is not done in a minute."""
+    """Run each job in a thread and raise if one raises, or is not done in a minute.
+
+    Python switches threads 500 times as often as usual, so that a lock that is missing shows.
+    """
     failures: list[BaseException] = []
 
     def guarded(job: Callable[[], None]) -> None:
@@ -18,9 +22,14 @@ def in_threads(*jobs: Callable[[], None]) -> None:
             failures.append(error)
 
     threads = [threading.Thread(target=guarded, args=(job,)) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+    finally:
+        sys.setswitchinterval(interval)
     assert not failures, failures
