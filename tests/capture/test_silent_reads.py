@@ -121,6 +121,7 @@ ELEMENTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "slices": lambda p: [p[5:6], p[6:7]],
     "unbound": lambda p: list(p[:3]),
     "split": lambda p: list(p[:3].split(1)),
+    "split without saying so": lambda p: list(torch.unsafe_split(p[:3], 1)),
     "chunks": lambda p: list(p.view(4, 5000)[3, :3].chunk(3)),
     "of a matrix": lambda p: [p.view(200, 100)[3, 4], p.view(200, 100).diagonal()[7]],
     "strided": lambda p: [p.as_strided((), (), 7), p.as_strided((1,), (1,), 9)[0]],
@@ -148,10 +149,6 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 def test_tensors_made_of_elements(elements: str, how: str) -> None:
     """torch.tensor reads views of one element without an operator."""
     same(lambda: refilled(ELEMENTS[elements], WAYS[how]))
-
-
-def test_views_that_do_not_say_so() -> None:
-    same(lambda: refilled(lambda p: list(torch.unsafe_split(p[:3], 1)), torch.tensor))
 
 
 TABLE: list[torch.Tensor] = []

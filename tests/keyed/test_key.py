@@ -34,6 +34,9 @@ def test_key() -> None:
     assert repr(Key(-1, "a.b")) == "Key(18446744073709551615, 'a.b')"
     assert Key(3).named("x").name == "x"
     assert Key(3).named("x").philox == Key(3, "x").philox != Key(4, "x").philox
+    assert Key(cast(Any, np.int64(3))).seed == 3
+    mine = type("Mine", (Key,), {})(SEED, "w")
+    assert equal(fastinit.normal_(torch.empty(4), generator=mine), keyed("normal_", (4,)))
     with pytest.raises(ValueError, match="without a name"):
         _ = Key(3).philox
     with pytest.raises(TypeError, match="a name is a str"):
@@ -65,25 +68,9 @@ def test_copies_of_a_key() -> None:
         assert [twin.take()[1], twin.take()[1]] == ["#1", "#2"]
     assert key.take()[1] == "#1"
     assert copy.copy(key).take()[1] != key.take()[1]
+    assert b"itertools" not in pickle.dumps(key)  # no part of what versions of Python agree upon
     named = pickle.loads(pickle.dumps(Key(3, "x")))
     assert named.philox == Key(3, "x").philox
-
-
-def test_a_key_is_pickled_without_itertools() -> None:
-    assert b"itertools" not in pickle.dumps(Key(3))
-
-
-def test_a_subclass_of_key() -> None:
-    class Mine(Key):
-        pass
-
-    t = torch.empty(4)
-    fastinit.normal_(t, generator=Mine(SEED, "w"))
-    assert equal(t, keyed("normal_", (4,)))
-
-
-def test_seeds_of_numpy() -> None:
-    assert Key(cast(Any, np.int64(3))).seed == 3
 
 
 def test_keys() -> None:

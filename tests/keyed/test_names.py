@@ -71,16 +71,13 @@ def test_prefix() -> None:
     for way, function in WAYS.items():
         part: Any = function(lambda: nn.Linear(8, 8), prefix="a.")
         assert equal(part.weight, whole["a.weight"]), way
+    model = Net("a")
+    report = init_model_(model, seed=SEED, prefix="p.")
+    assert keys(report) == {"p.a.weight": "p.a.weight", "p.a.bias": "p.a.bias"}
     with seeded(prefix="p.") as report:
         kept = [nn.Linear(3, 3), nn.Linear(3, 3)]
     assert [*keys(report).values()] == ["p.weight", "p.bias", "p.~1.weight", "p.~1.bias"]
     assert kept
-
-
-def test_reports_have_the_prefix() -> None:
-    model = Net("a")
-    report = init_model_(model, seed=SEED, prefix="p.")
-    assert keys(report) == {"p.a.weight": "p.a.weight", "p.a.bias": "p.a.bias"}
 
 
 def test_the_first_model_is_the_first() -> None:

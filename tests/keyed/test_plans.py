@@ -24,7 +24,6 @@ from tests.support.seeded import (
     keyed,
     made,
     numbered,
-    orthonormal,
     state,
     undrawn,
 )
@@ -118,31 +117,15 @@ def test_keys_in_plans() -> None:
         assert equal(v, expected)
 
 
-@pytest.mark.parametrize("shape", [(48, 16), (16, 48)], ids=str)
-def test_plans_of_permuted_matrices(shape: tuple[int, int]) -> None:
-    w = torch.empty(shape).t()
-    plan = Plan()
-    plan.orthogonal_(w)
-    with undrawn():
-        plan.run(seed=SEED)
-    assert orthonormal(w)
-
-
-def test_plans_see_what_has_moved() -> None:
+def test_plans_have_prefixes_and_see_what_has_moved() -> None:
     model = made(lambda: Net("a", "b"))
-    plan = record(model)
-    plan.run(seed=SEED)
-    cast(Any, model).a.weight.data = torch.zeros(8, 8)
-    with pytest.raises(RuntimeError, match="has other memory"):
-        plan.run(seed=SEED)
-
-
-def test_plans_prefix() -> None:
-    model = made(lambda: Net("a"))
     plan = record(model)
     plan.run(seed=SEED, prefix="p.")
     expected = keyed("kaiming_uniform_", (8, 8), ROOT5, name="p.a.weight")
     assert equal(cast(Any, model).a.weight, expected)
+    cast(Any, model).a.weight.data = torch.zeros(8, 8)
+    with pytest.raises(RuntimeError, match="has other memory"):
+        plan.run(seed=SEED)
 
 
 def test_a_plan_in_a_scope_with_a_seed() -> None:

@@ -47,6 +47,9 @@ def test_nested_scopes() -> None:
         pass
     with fused(), pytest.raises(RuntimeError, match="a block with a seed"), fused(seed=SEED):
         pass
+    refused = pytest.raises(RuntimeError, match="a block with a prefix")
+    with seeded(), refused, fused(seed=SEED, prefix="a."):
+        pass
     meta = on_meta(lambda: nn.Linear(3, 3))
     with fused():
         with pytest.raises(RuntimeError, match="a block with a seed"):
@@ -54,13 +57,6 @@ def test_nested_scopes() -> None:
         with pytest.raises(RuntimeError, match="a block with a seed"):
             materialize_(meta, seed=SEED)
     assert meta.weight.is_meta
-
-
-def test_prefix_of_a_nested_scopes() -> None:
-    """Names of what the outer scope makes have one prefix."""
-    refused = pytest.raises(RuntimeError, match="a block with a prefix")
-    with seeded(), refused, fused(seed=SEED, prefix="a."):
-        pass
 
 
 @pytest.mark.parametrize("way", ["init_model_", "materialize_"])
@@ -73,13 +69,10 @@ def test_in_a_scope(way: str) -> None:
     with seeded():
         init_model_(model, seed=SEED) if way == "init_model_" else materialize_(model, seed=SEED)
     assert differ(expected, state(model)) == []
-
-
-def test_in_a_scope_with_prefix() -> None:
-    model = made(lambda: nn.Linear(8, 8))
+    part = made(lambda: nn.Linear(8, 8))
     with seeded():
-        init_model_(model, seed=SEED, prefix="a.")
-    assert equal(cast(Tensor, model.weight), by_fused(lambda: Net("a")).a.weight)  # type: ignore[union-attr,arg-type]
+        init_model_(part, seed=SEED, prefix="a.")
+    assert equal(cast(Any, part).weight, cast(Any, by_fused(lambda: Net("a"))).a.weight)
 
 
 def test_a_scope_that_runs_twice() -> None:

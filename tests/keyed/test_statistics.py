@@ -93,16 +93,12 @@ def correlation_p(x: Sample, y: Sample) -> float:
     return min(both_sides(float(r) * math.sqrt(len(x))) for r in found)
 
 
-def halves(x: Sample) -> tuple[Sample, Sample]:
-    return x[::2], x[1::2]
-
-
 @each_law
 def test_elements_are_independent(name: str, args: tuple[float, ...]) -> None:
     x = sample(name, *args)
     for lag in (1, 2, 3, 4, 5, 8, 16, 64):
         assert correlation_p(x[:-lag], x[lag:]) > LEAST, lag
-    even, odd = halves(x)
+    even, odd = x[::2], x[1::2]
     assert correlation_p(even, odd) > LEAST
     assert correlation_p(even, odd + 0.02 * even) < LEAST
     assert correlation_p(even, np.where(np.arange(len(odd)) % 20, odd, -even)) < LEAST
