@@ -3,9 +3,7 @@ DTYPES: dict[str, int]
 FILL_SIZE: int
 KEYED_SIZE: int
 LAYOUTS: dict[str, str]
-MATRIX_SIZE: int
 OPS: dict[str, int]
-STATE_SIZE: int
 
 def advance(state: int, to: int, words: int) -> None: ...
 def jumps() -> int: ...

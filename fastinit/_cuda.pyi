@@ -2,16 +2,8 @@ ARCHITECTURES: str
 COMPILER: str
 DTYPES: dict[str, int]
 FILL_SIZE: int
-KEYED_SIZE: int
-KEYED_TILES_SIZE: int
 LAYOUTS: dict[str, str]
-MOST_INLINED: int
-MOST_KEYED_INLINED: int
-MOST_SOURCES: int
 OPS: dict[str, int]
-QR_ARGUMENTS_SIZE: int
-QR_JOB_SIZE: int
-SLOT_SIZE: int
 STEPS: dict[str, int]
 
 def run_fill(

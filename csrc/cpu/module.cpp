@@ -157,19 +157,14 @@ PYBIND11_MODULE(_cpu, m) {
   for (const Code& c : kOps) ops[c.name] = c.code;
   m.attr("OPS") = ops;
   m.attr("FILL_SIZE") = sizeof(FillDesc);
-  m.attr("MATRIX_SIZE") = sizeof(QrDesc);
   m.attr("KEYED_SIZE") = sizeof(KeyedDesc);
-  m.attr("STATE_SIZE") = sizeof(TorchState);
   m.attr("COMPILER") = FASTINIT_COMPILER;
   m.def("run_fill", &run_fills, py::arg("fills"), py::arg("states"), py::arg("words_drawn"),
         py::arg("threads"));
   m.def("run_trunc", &run_truncated, py::arg("fill"), py::arg("state"), py::arg("threads"));
-  m.def("run_qr", &run_matrices, py::arg("matrices"), py::arg("written"),
-        py::arg("threads"));
+  m.def("run_qr", &run_matrices, py::arg("matrices"), py::arg("written"), py::arg("threads"));
   m.def("run_keyed", &run_keyed_fills, py::arg("fills"), py::arg("threads"));
   m.def("advance", &copy_advanced, py::arg("state"), py::arg("to"), py::arg("words"));
-  m.attr("run") = m.attr("run_fill");
-  m.attr("orthonormalize") = m.attr("run_qr");
   m.def("jumps", &jumps_made);
   m.def("targets", &list_targets);
   m.def("target", [] { return std::string(active_target().name); });

@@ -26,7 +26,7 @@ void unlocked(const Work& work) {
 }
 
 void run_fill(const py::bytes& fills, uint64_t table, uint32_t count, uint32_t tiles,
-         const py::bytes& sources, uint64_t progress, int device, uint64_t stream) {
+              const py::bytes& sources, uint64_t progress, int device, uint64_t stream) {
   const std::string_view inlined = fills, from = sources;
   FillArguments args = {};
   if (inlined.size() > sizeof args.inlined || from.size() > sizeof args.sources ||
@@ -110,26 +110,17 @@ PYBIND11_MODULE(_cuda, m) {
   for (const fastinit::Code& c : kQrSteps) steps[c.name] = c.code;
   m.attr("STEPS") = steps;
   m.attr("FILL_SIZE") = sizeof(FillTiles);
-  m.attr("SLOT_SIZE") = sizeof(Slot);
-  m.attr("MOST_INLINED") = kMostFillsInlined;
-  m.attr("MOST_SOURCES") = kMostSources;
   m.attr("COMPILER") = FASTINIT_NVCC;
   m.attr("ARCHITECTURES") = FASTINIT_ARCHITECTURES;
-  m.def("run_fill", &run_fill, pybind11::arg("fills"), pybind11::arg("table"), pybind11::arg("count"),
-        pybind11::arg("tiles"), pybind11::arg("sources"), pybind11::arg("progress"),
-        pybind11::arg("device"), pybind11::arg("stream"));
-  m.attr("KEYED_SIZE") = sizeof(fastinit::KeyedDesc);
-  m.attr("KEYED_TILES_SIZE") = sizeof(KeyedTiles);
-  m.attr("MOST_KEYED_INLINED") = kMostKeyedInlined;
+  m.def("run_fill", &run_fill, pybind11::arg("fills"), pybind11::arg("table"),
+        pybind11::arg("count"), pybind11::arg("tiles"), pybind11::arg("sources"),
+        pybind11::arg("progress"), pybind11::arg("device"), pybind11::arg("stream"));
   m.def("run_keyed", &run_keyed, pybind11::arg("fills"), pybind11::arg("table"),
         pybind11::arg("count"), pybind11::arg("tiles"), pybind11::arg("device"),
         pybind11::arg("stream"));
-  m.attr("QR_JOB_SIZE") = sizeof(QrJob);
-  m.attr("QR_ARGUMENTS_SIZE") = sizeof(QrArguments);
   m.def("run_qr", &run_qr, pybind11::arg("step"), pybind11::arg("packed"), pybind11::arg("x"),
         pybind11::arg("y"), pybind11::arg("threads"), pybind11::arg("shared"),
         pybind11::arg("device"), pybind11::arg("stream"));
-  m.attr("run") = m.attr("run_fill");
   m.def("most_shared", &shared_of, pybind11::arg("device"));
   m.def("why_no_driver", &why_no_driver);
 }

@@ -55,12 +55,15 @@ def packer(module: ModuleType | None, name: str, fields: str) -> struct.Struct:
     return struct.Struct("<" + "".join(field.split()[0] for field in fields.split(", ")))
 
 
+FAMILIES = ("run_fill", "run_keyed", "run_qr")  # what both modules do
 # The code of each dtype and operator in descriptors.
 DTYPES: dict[str, int] = getattr(_cpu, "DTYPES", {})
 OPS: dict[str, int] = getattr(_cpu, "OPS", {})
 for _module in (_cpu, _cuda):  # an old one has none
     agree(_module, "DTYPES", DTYPES, getattr(_module, "DTYPES", None))
     agree(_module, "OPS", OPS, getattr(_module, "OPS", None))
+    _built = tuple(name for name in FAMILIES if hasattr(_module, name))
+    agree(_module, "set of functions", FAMILIES, _built)
 
 
 native_fills = 0  # how many fills the compiled modules have done in this process

@@ -25,6 +25,7 @@ from fastinit.cuda import runtime
 
 _LANES = 256  # of a block of torch's grid and of ours
 _TILE_BYTES = 16384  # of a constant fill
+MOST_INLINED = 25  # fills that travel in the arguments of a kernel
 _MOST_FILLS = 1 << 16  # of a launch: what the kernel's search can tell apart in two steps
 _OPS = kernels.OPS | {"sparse": kernels.OPS["normal"]}
 _PACK = kernels.packer(
@@ -47,7 +48,7 @@ kernels.packer(
     kernels._cuda,
     "fill_arguments",
     f"Q table, Q progress, I fills, I tiles, {2 * runtime.MOST_SOURCES}Q sources, "
-    f"{_PACK.size * runtime.MOST_INLINED}s inlined",
+    f"{_PACK.size * MOST_INLINED}s inlined",
 )
 
 
@@ -268,7 +269,7 @@ class Launch:
             self._packed = packed
         data, count, tiles = packed
         table = 0
-        if count > runtime.MOST_INLINED:
+        if count > MOST_INLINED:
             table, data = self._uploaded(data, keep=not self._sparse), b""
         start = [states[i] for i in self.sources]
         progress = None

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastinit.core import kernels
 
-MOST_INLINED = 25  # fills that travel in the arguments of a kernel
 MOST_SOURCES = 8  # generators of a launch
 
 
