@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,11 +44,9 @@ def test_threads_draw_no_number_twice(
     generators = [Slow(seed=1), Slow(seed=2, offset=40)]
     if own_locks:  # as torch.Generators have; without, the default one's serves all
         lock_of = source.lock_of
-        of_type = lambda g: source._locks.setdefault(
-            source.generator_id(g), source.threading.RLock()
-        )
+        locks = {id(g): threading.RLock() for g in generators}
         monkeypatch.setattr(
-            source, "lock_of", lambda g: of_type(g) if isinstance(g, Slow) else lock_of(g)
+            source, "lock_of", lambda g: locks[id(g)] if isinstance(g, Slow) else lock_of(g)
         )
     runs: list[list[tuple[int, int]]] = []
     launch = runtime.run

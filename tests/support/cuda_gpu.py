@@ -33,7 +33,7 @@ from tests.support.cuda_model import SMALL, State
 
 DEVICE = os.environ.get("FASTINIT_TEST_DEVICE", "cuda")
 HERE = torch.device("cuda:0" if DEVICE == "cuda" else DEVICE)
-ON_GPU = HERE.type == "cuda"
+ON_GPU = HERE.type == "cuda" and torch.cuda.is_available()
 REJECTS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 12)  # trunc_normal_
 TRUNC = "trunc_normal" if REJECTS else "trunc_erfinv"
 _MASK = (1 << 64) - 1

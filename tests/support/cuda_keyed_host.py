@@ -46,7 +46,7 @@ class Simulation:
     """What stands in the GPUs' place, and what it has seen."""
 
     def __init__(self) -> None:
-        self.launches: list[tuple[int, int, int]] = []  # device, fills, tiles
+        self.launches: list[tuple[int, int]] = []  # device, fills
         self.units: list[int] = []  # of each fill
         self.uploads = self.copies = 0
         self.backwards = False
@@ -79,7 +79,7 @@ class Simulation:
             int(self.backwards),
         )
         assert status == 0
-        self.launches.append((device, count, tiles))
+        self.launches.append((device, count))
         for i in range(count):
             self.units.append(cuda_keyed._TILES.unpack_from(data, i * size)[3])
         kernels.native_fills += count
