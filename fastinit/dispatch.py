@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from torch.nn import init as torch_init
 
 from fastinit import execute, probe
-from fastinit.core import build, geometry, laws, recording, shard, source
+from fastinit.core import build, geometry, laws, recording, shard, source, torch_api
 from fastinit.core.fill import Fill
 from fastinit.core.key import Key
 from fastinit.core.laws import Law
@@ -93,7 +93,7 @@ def _write_keyed(name: str, tensor: Tensor, args: tuple[Any, ...], key: Key | No
 
 def may_run_natively(t: Any, least: int, recorder: Recorder | None) -> bool:
     """Return whether a tensor is plain and large enough for a native call, and nobody watches."""
-    if type(t) not in geometry.PLAIN or torch._C._len_torch_function_stack() != 0:
+    if type(t) not in geometry.PLAIN or torch_api.function_modes() != 0:
         return False  # before t.numel() would be seen
     n = t.numel()
     if recorder is None or least == 0:
@@ -111,7 +111,7 @@ def has_no_elements(t: Any, generator: Source) -> bool:
     return (
         not is_part
         and type(t) in geometry.PLAIN
-        and torch._C._len_torch_function_stack() == 0
+        and torch_api.function_modes() == 0
         and bool(t.numel() == 0)
     )
 

@@ -15,6 +15,7 @@ from fastinit.capture.capture import Capture
 from fastinit.capture.hooks import hooked
 from fastinit.capture.keyed import KeyedCapture, SeededCapture
 from fastinit.capture.report import Report
+from fastinit.core import torch_api
 from fastinit.core.key import Key
 from fastinit.core.recording import set_recorder, this_thread
 
@@ -118,11 +119,11 @@ def _why_not() -> str:
     """Why nothing can be captured here; "" if it can."""
     if this_thread.recorder is not None:
         return "a Plan is being recorded"
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or torch_api.tracing_state() is not None:
         return "the code is being traced"
-    if torch._C._len_torch_dispatch_stack() != 0:
+    if torch_api.dispatch_modes() != 0:
         return "a dispatch mode is active that has to see every operator"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch_api.transform() is not None:
         return "a functorch transform is active"
     return ""
 

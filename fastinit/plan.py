@@ -18,7 +18,7 @@ from fastinit.capture.capture import Capture
 from fastinit.capture.hooks import hooked
 from fastinit.capture.names import named_tensors
 from fastinit.capture.walk import Walk
-from fastinit.core import geometry, keyed_numbers, laws, recording, shard, source
+from fastinit.core import geometry, keyed_numbers, laws, recording, shard, source, torch_api
 from fastinit.core.fill import Fill, Room
 from fastinit.core.key import Key, derived
 from fastinit.core.laws import Law
@@ -252,7 +252,7 @@ def record(model: nn.Module, fn: Fn | None = None) -> Plan:
     finally:
         recording.set_recorder(None)
         # In-place operators have counted up, though nothing was written.
-        torch._C._autograd._unsafe_set_version_counter(counted, versions)
+        torch_api.set_versions(counted, versions)
     if source.current(torch.default_generator) != generator:
         raise RuntimeError("record: the function draws or sets a seed, which cannot be recorded")
     made.keep(tensors)

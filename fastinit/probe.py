@@ -15,10 +15,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fastinit import execute
-from fastinit.core import build, geometry, kernels, laws, recording
+from fastinit.core import build, geometry, kernels, laws, recording, torch_api
 from fastinit.core.fill import Fill, gaussian_dtype
 from fastinit.cuda import fills as cuda_fills
 
@@ -96,7 +95,7 @@ def _probe(op: str, dtype: torch.dtype, layout: str, device: int = -1) -> int | 
             return None
     before = recording.set_recorder(None)
     try:
-        with _disable_current_modes(), torch.inference_mode(False):
+        with torch_api.disable_current_modes(), torch.inference_mode(False):
             for flavour in _candidates(op, dtype, layout, device):
                 cases = _cases(op, dtype)
                 if all(_agree(op, dtype, layout, flavour, case, device) for case in cases):

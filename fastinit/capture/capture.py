@@ -28,7 +28,7 @@ from fastinit.capture.report import Report
 from fastinit.capture.storages import Storages
 from fastinit.capture.threads import Others
 from fastinit.capture.written import Written, caller
-from fastinit.core import build, geometry, recording, shard, source
+from fastinit.core import build, geometry, recording, shard, source, torch_api
 from fastinit.core.fill import Drawn, Fill
 from fastinit.core.geometry import is_plain, storage_id
 from fastinit.core.laws import Law
@@ -448,7 +448,7 @@ class Capture(Mode, Recorder):
             version = 0 if memory is None else tensor._version
             self._wrote(tensor, Written.small(tensor, call.name, 0.0, 0.0, caller()))
             try:
-                with torch._C._DisableTorchDispatch():
+                with torch_api.DisableTorchDispatch():
                     call()
             finally:  # it may fail before or after it has written
                 if memory is not None and tensor._version != version:

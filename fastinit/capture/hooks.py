@@ -16,6 +16,7 @@ import torch.utils.dlpack
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from fastinit.core import torch_api
 from fastinit.core.recording import Recorder, this_thread
 from fastinit.install import standing_in
 
@@ -115,8 +116,8 @@ _METHODS: list[tuple[Any, str, _Wrap]] = [
     *((Tensor, name, _exposing) for name in _EXPOSES if hasattr(Tensor, name)),
     (torch.utils.dlpack, "to_dlpack", _exposing),
     (torch.jit, "save", _saving),
-    (torch.jit._script.RecursiveScriptModule, "save", _saving),
-    (torch.jit._script.RecursiveScriptModule, "save_to_buffer", _saving),
+    (torch_api.ScriptModule, "save", _saving),
+    (torch_api.ScriptModule, "save_to_buffer", _saving),
     (threading.Thread, "start", _starting),
     (ThreadPoolExecutor, "submit", _submitting),
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastinit.core import geometry, kernels, laws, source
+from fastinit.core import geometry, kernels, laws, source, torch_api
 from fastinit.core.laws import Law
 
 _aten = torch.ops.aten
@@ -215,10 +215,9 @@ def is_view(func: Any) -> bool:
     known = _views.get(func)
     if known is None:
         known = False
-        if isinstance(func, torch._ops.OpOverload) and func.namespace == "aten":
-            implicit = torch._C.DispatchKey.CompositeImplicitAutograd
+        if isinstance(func, torch_api.OpOverload) and func.namespace == "aten":
             pure = func.is_view and not func._schema.is_mutable
-            pure = pure and not func.has_kernel_for_dispatch_key(implicit)
+            pure = pure and not func.has_kernel_for_dispatch_key(torch_api.composite)
             pure = pure or func._schema.name in _UNSAID
             known = pure or torch.Tag.inplace_view in func.tags
         _views[func] = known

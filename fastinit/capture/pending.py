@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastinit.capture.names import Box, box_of
 from fastinit.capture.written import Written
-from fastinit.core import geometry
+from fastinit.core import geometry, torch_api
 from fastinit.core.fill import Caller, Drawn
 from fastinit.core.laws import Law
 from fastinit.core.shard import Slab
@@ -47,7 +47,7 @@ class Memory:
 
     def storage(self) -> torch.UntypedStorage | None:
         """Return the storage if it lives."""
-        return torch.UntypedStorage._new_with_weak_ptr(self.weak.cdata)
+        return torch_api.storage_of_weak(self.weak.cdata)
 
     def is_dead(self) -> bool:
         return bool(self.weak.expired())  # type: ignore[no-untyped-call]

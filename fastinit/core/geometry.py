@@ -9,7 +9,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from fastinit.core import kernels
+from fastinit.core import kernels, torch_api
 
 MIN_NATIVE = 8192  # single calls on fewer elements go to torch, whose call costs less
 MIN_CUDA = 1 << 24  # the same on a GPU, where torch's call does not wait for its kernel
@@ -36,12 +36,7 @@ base_of = torch.UntypedStorage.data_ptr
 storage_of: Callable[[Tensor], torch.UntypedStorage] = Tensor.untyped_storage  # likewise
 
 
-def _slow_storage_id(t: Tensor) -> int:
-    return int(storage_of(t)._cdata)
-
-
-# What tensors over the same memory have in common while it lives.
-storage_id: Callable[[Tensor], int] = getattr(torch._C, "_storage_id", _slow_storage_id)
+storage_id = torch_api.storage_id  # what tensors over the same memory have in common
 
 
 def is_plain(t: object) -> TypeGuard[Tensor]:
@@ -58,9 +53,9 @@ def accepts(t: Tensor, inference: bool = False) -> bool:
         t.dtype in DTYPES
         and is_here(t)
         and t.layout is torch.strided
-        and not (t.is_nested or t.is_neg() or t._is_zerotensor())
+        and not (t.is_nested or t.is_neg() or torch_api.is_zero(t))
         and (inference or not t.is_inference())
-        and not torch._is_functional_tensor(t)
+        and not torch_api.is_functional(t)
         and address_of(t) != 0  # of a storage that was given back
     )
 

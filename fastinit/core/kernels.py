@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastinit.core import torch_api
+
 try:
     from fastinit import _cpu as _cpu
 except ImportError as error:
@@ -106,7 +108,7 @@ def advance(state: int, to: int, words: int) -> None:
 
 def can_use_cuda() -> bool:
     """Return whether there are kernels, and no CUDA graph is recorded to repeat their numbers."""
-    return _cuda is not None and not torch._C._cuda_isCurrentStreamCapturing()
+    return _cuda is not None and not torch_api.is_capturing()
 
 
 def refuse_in_graph() -> None:
@@ -121,5 +123,5 @@ def refuse_in_graph() -> None:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Hide what is done in between from all modes."""
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+    with torch_api.DisableTorchFunction(), torch_api.DisableTorchDispatch():
         yield

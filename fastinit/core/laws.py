@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import init as _torch_init
 
-_fan = _torch_init._calculate_fan_in_and_fan_out
-_correct_fan = _torch_init._calculate_correct_fan
+from fastinit.core import torch_api
+
+_fan = torch_api.fans
+_correct_fan = torch_api.correct_fan
 _calculate_gain = _torch_init.calculate_gain
 _eye, _dirac = _torch_init.eye_, _torch_init.dirac_  # whatever torch.nn.init is patched with later
 
@@ -73,7 +75,7 @@ def of(function: str, whole: Tensor, args: Sequence[Any]) -> Law:
 
 def of_shape(function: str, dtype: torch.dtype, shape: Sequence[int], args: Sequence[Any]) -> Law:
     """Return the law for a tensor of which only dtype and shape are known."""
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+    with torch_api.DisableTorchFunction(), torch_api.DisableTorchDispatch():
         # Of any number of elements: an expanded one has no storage whose size could overflow.
         whole = torch.empty((), dtype=dtype, device="meta").expand(tuple(shape))
         return of(function, whole, args)

@@ -3,24 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from fastinit.core import torch_api
 
 
-def _hide_from_dynamo(function: Any) -> bool:
-    """Keep torch.compile from tracing a mode's code, without loading torch._dynamo."""
-    try:
-        frames: Any = torch._C._dynamo.eval_frame
-        skip = frames._FrameAction.SKIP
-        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
-    except (AttributeError, TypeError):  # another torch
-        return False
-    return True
-
-
-class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Mode(torch_api.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode whose first operator does not load a compiler.
 
     torch wraps __torch_dispatch__ so that torch.compile leaves it alone, which takes an import of
@@ -34,7 +20,7 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __init_subclass__(cls) -> None:
-        cls._hidden = _hide_from_dynamo(cls.__torch_dispatch__)
+        cls._hidden = torch_api.hide_from_dynamo(cls.__torch_dispatch__.__code__)
         super().__init_subclass__()  # type: ignore[no-untyped-call]
 
     @classmethod

@@ -8,11 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from fastinit.core import laws
+from fastinit.core import laws, torch_api
 from fastinit.core.fill import Fill
 from fastinit.core.key import Key
 from fastinit.core.laws import Law
@@ -98,12 +96,5 @@ def set_recorder(value: Recorder | None) -> Recorder | None:
 
 def modes_allow() -> bool:
     """Return whether no mode, transform or tracer is active that has to see torch's operators."""
-    c = torch._C
     own = 0 if this_thread.recorder is None else this_thread.recorder.modes
-    return (
-        c._len_torch_function_stack() == 0
-        and c._len_torch_dispatch_stack() == own
-        and c._functorch.peek_interpreter_stack() is None
-        and c._get_tracing_state() is None
-        and forward_ad._current_level < 0
-    )
+    return torch_api.nobody_watches(own)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastinit.core import torch_api
 from fastinit.core.geometry import PLAIN
 
 MOST_DIMS = 5
@@ -44,7 +45,7 @@ def is_distributed(t: object) -> bool:
 
 def local(t: Any) -> Tensor:
     """Return what is in this rank's memory; no collective, no autograd."""
-    return t._local_tensor if is_distributed(t) else t  # type: ignore[no-any-return]
+    return torch_api.local_tensor(t) if is_distributed(t) else t
 
 
 def overlaps(t: Tensor) -> bool:
@@ -125,21 +126,22 @@ def _held(
 
 def _placed(t: Any, here: Tensor) -> list[_Runs] | None:
     from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.placement_types import _StridedShard
+
+    strided_shard = torch_api.strided_shard()
 
     what = f"{t.placements} on a mesh of {tuple(t.device_mesh.shape)}"
     kinds = {type(p) for p in t.placements}
-    if not kinds <= {Replicate, Shard, _StridedShard}:
+    if not kinds <= {Replicate, Shard, strided_shard}:
         raise NotImplementedError(f"{what}: only Shard and Replicate leave elements as they are")
     at = t.device_mesh.get_coordinate()
     if at is None or here.numel() == 0:
         return None
     # Cut along one mesh dimension after the other, unless redistribute was told another order.
-    order = None if _StridedShard in kinds else getattr(t._spec, "shard_order", None)
+    order = None if strided_shard in kinds else torch_api.shard_order(t)
     cuts: list[list[_Cut]] = [[] for _ in t.shape]
     for m in range(len(at)) if order is None else [m for entry in order for m in entry.mesh_dims]:
         if type(p := t.placements[m]) is not Replicate:
-            factor = int(p.split_factor) if type(p) is _StridedShard else 1
+            factor = int(p.split_factor) if type(p) is strided_shard else 1
             cuts[p.dim].append((t.device_mesh.size(m), at[m], factor))
     held = []
     for size, length, cut in zip(here.shape, t.shape, cuts):

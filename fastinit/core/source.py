@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from fastinit.core import kernels
+from fastinit.core import kernels, torch_api
 
 STATE_SIZE = 5056  # bytes of get_state(); csrc/fill_desc.h has the layout
 _NORMAL_IS_VALID = 5040  # offset of the flag of the cached normal
@@ -105,7 +105,7 @@ def set_philox(generator: torch.Generator, block: int) -> None:
 
 def generator_id(generator: torch.Generator) -> int:
     """Return what all objects of one generator share: torch makes modes another at each call."""
-    return int(generator._cdata)  # type: ignore[attr-defined]
+    return torch_api.generator_id(generator)
 
 
 def lock_of(generator: object) -> threading.RLock:

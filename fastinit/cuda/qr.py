@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastinit.core import geometry, kernels
+from fastinit.core import geometry, kernels, torch_api
 from fastinit.core.geometry import DTYPES
 from fastinit.cuda import runtime
 
@@ -149,15 +149,10 @@ def _exact_products() -> Iterator[None]:
 
     torch has only process-wide switches for this, so other threads' products are exact, too.
     """
-    get = getattr(torch._C, "_get_fp32_precision_getter", None)
-    if get is not None:  # torch 2.9; its older getters may raise where the newer have been used
-        precision = get("cuda", "matmul")
-        if precision not in ("ieee", "none"):
-            torch._C._set_fp32_precision_setter("cuda", "matmul", "ieee")
-    else:
-        allowed = torch._C._get_cublas_allow_tf32()
-        if allowed:
-            torch._C._set_cublas_allow_tf32(False)
+    products = torch_api.float32_products()
+    exact = products in (False, "ieee", "none")
+    if not exact:
+        torch_api.set_float32_products("ieee" if isinstance(products, str) else False)
     # Before 2.13 it made products raise unless an environment variable was set.
     deterministic = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -166,11 +161,8 @@ def _exact_products() -> Iterator[None]:
     try:
         yield
     finally:
-        if get is not None:
-            if precision not in ("ieee", "none"):
-                torch._C._set_fp32_precision_setter("cuda", "matmul", precision)
-        elif allowed:
-            torch._C._set_cublas_allow_tf32(True)
+        if not exact:
+            torch_api.set_float32_products(products)
         if deterministic:
             torch.use_deterministic_algorithms(True, warn_only=warns)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastinit.core import kernels
+from fastinit.core import kernels, torch_api
 
 MOST_SOURCES = 8  # generators of a launch
 
@@ -25,7 +25,7 @@ def grid_of(device: int) -> tuple[int, int]:
 
 def stream_of(device: int) -> int:
     """Return the handle of the current stream."""
-    return int(torch._C._cuda_getCurrentRawStream(device))
+    return torch_api.current_stream(device)
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def zeros(size: int, device: int) -> Tensor:
 def _launch(kernel: Callable[..., None], device: int, *arguments: Any) -> None:
     """Launch a kernel on the device's current stream."""
     stream = stream_of(device)
-    if torch._C._cuda_getDevice() == device:
+    if torch_api.current_device() == device:
         kernel(*arguments, device, stream)
     else:
         with torch.cuda.device(device):

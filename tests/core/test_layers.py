@@ -120,6 +120,39 @@ def test_owners(pattern: str) -> None:
             assert str(path.relative_to(PACKAGE)) in OWNERS[pattern]
 
 
+# Attributes that torch's users have always used; namedtuples' and Python's own.
+USUAL = {"_version", "_schema", "_parameters", "_buffers", "_modules", "_replace", "_getframe"}
+
+
+def test_private_names_of_torch() -> None:
+    """They are all in core/torch_api.py: what begins with _ and is no name of ours is torch's."""
+    trees = {p: ast.parse(p.read_text()) for p in PYTHON}
+    ours = set(USUAL)
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                ours.add(node.name)
+            elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+                ours.add(node.id if isinstance(node, ast.Name) else node.attr)
+            elif isinstance(node, ast.alias):
+                ours.add((node.asname or node.name).rpartition(".")[2])
+    ours -= {"_C", "_no_grad_trunc_normal_"}
+    for path, tree in trees.items():
+        if path.name == "torch_api.py":
+            continue
+        found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                found.add(node.attr)
+            elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("torch"):
+                names = [
+                    part for a in node.names for part in (a.name, *str(node.module).split("."))
+                ]
+                assert not [name for name in names if name.startswith("_")], path
+        private = {x for x in found if x.startswith("_") and not x.endswith("__")}
+        assert not private - ours, path
+
+
 # ---- csrc ----------------------------------------------------------------------------------------
 
 

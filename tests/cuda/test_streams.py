@@ -21,7 +21,7 @@ from torch import nn
 import fastinit
 from fastinit import init_model_, probe
 from fastinit.capture import operators
-from fastinit.core import geometry, kernels
+from fastinit.core import geometry, kernels, torch_api
 from fastinit.cuda import runtime
 from tests.support.compare import F32, POISONS, attempt, bits
 from tests.support.cuda_gpu import START, At, Gpu, in_scope, only_hardware, only_simulated
@@ -327,7 +327,7 @@ def test_no_kernels_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -
     for module, capturing in itertools.product((None, object()), (False, True)):
         monkeypatch.setattr(kernels, "_cuda", module)
         ask = lambda c=capturing: c  # noqa: E731
-        monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", ask, raising=False)
+        monkeypatch.setattr(torch_api, "is_capturing", ask)
         assert kernels.can_use_cuda() == (module is not None and not capturing)
 
 

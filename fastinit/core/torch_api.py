@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every private name of torch that fastinit uses, what for, and since which torch it is there.
+
+No other module may use one (tests/core/test_layers.py), so this is where to look when a new torch
+breaks something. A name with no version is there in all that are supported, from 2.6 on. Attributes
+that torch's users have always used are not counted: `_version` of a tensor, `_schema` of an
+operator, `_parameters`, `_buffers` and `_modules` of a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import init as _init
+from torch.utils import _python_dispatch
+
+_C: Any = torch._C
+
+
+def _absent(*_: object) -> Any:
+    raise NotImplementedError("this torch is built without CUDA")
+
+
+# ---- modes, transforms, tracers ------------------------------------------------------------------
+
+TorchDispatchMode = _python_dispatch.TorchDispatchMode  # sees operators below autograd
+disable_current_modes = _python_dispatch._disable_current_modes  # all of them, for probe.py
+DisableTorchFunction = _C.DisableTorchFunction  # hide from function modes and subclasses
+DisableTorchDispatch = _C._DisableTorchDispatch  # hide from dispatch modes
+function_modes: Callable[[], int] = _C._len_torch_function_stack  # how many are active
+dispatch_modes: Callable[[], int] = _C._len_torch_dispatch_stack  # likewise
+transform: Callable[[], object] = _C._functorch.peek_interpreter_stack  # functorch's; None: none
+tracing_state: Callable[[], object] = _C._get_tracing_state  # torch.jit.trace's; None: none
+
+
+def nobody_watches(dispatch: int) -> bool:
+    """Return whether no mode, transform or tracer sees operators, but for so many dispatch modes.
+
+    The last question is for the level of forward-mode differentiation.
+    """
+    return (
+        function_modes() == 0
+        and dispatch_modes() == dispatch
+        and transform() is None
+        and tracing_state() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def hide_from_dynamo(code: CodeType) -> bool:
+    """Keep torch.compile from tracing a function, without loading torch._dynamo.
+
+    Returns False with a torch that does not offer this.
+    """
+    try:
+        frames = _C._dynamo.eval_frame
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
+    except (AttributeError, TypeError):
+        return False
+    return True
+
+
+# ---- tensors, storages, generators ---------------------------------------------------------------
+
+
+_untyped_storage = Tensor.untyped_storage  # as it is now: capture/hooks.py replaces it
+
+
+def _slow_storage_id(t: Tensor) -> int:
+    return int(_untyped_storage(t)._cdata)
+
+
+is_zero: Callable[[Tensor], bool] = Tensor._is_zerotensor  # zeros without memory, of autograd
+is_functional: Callable[[Tensor], bool] = torch._is_functional_tensor  # of functionalization
+set_versions: Callable[[tuple[Tensor, ...], tuple[int, ...]], None] = (  # of tensors
+    _C._autograd._unsafe_set_version_counter
+)
+# An id that tensors over the same memory have in common while it lives.
+storage_id: Callable[[Tensor], int] = getattr(_C, "_storage_id", _slow_storage_id)
+storage_of_weak: Callable[[int], torch.UntypedStorage | None] = (  # None: it has died
+    torch.UntypedStorage._new_with_weak_ptr
+)
+
+
+def generator_id(generator: torch.Generator) -> int:
+    """Return an id that all objects of one generator have in common."""
+    return int(generator._cdata)  # type: ignore[attr-defined]
+
+
+# ---- operators -----------------------------------------------------------------------------------
+
+OpOverload = torch._ops.OpOverload  # what a dispatch mode sees
+# An operator with a kernel for this is made of others, and may reach a mode undivided.
+composite: Any = _C.DispatchKey.CompositeImplicitAutograd
+
+# ---- torch.nn.init -------------------------------------------------------------------------------
+
+fans = _init._calculate_fan_in_and_fan_out  # of xavier_*
+correct_fan = _init._calculate_correct_fan  # of kaiming_*
+
+# ---- torch.jit -----------------------------------------------------------------------------------
+
+ScriptModule: Any = torch.jit._script.RecursiveScriptModule  # saves tensors by itself
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+# Handle of a device's current stream; the current device; whether a graph is captured.
+current_stream: Callable[[int], int] = getattr(_C, "_cuda_getCurrentRawStream", _absent)
+current_device: Callable[[], int] = getattr(_C, "_cuda_getDevice", _absent)
+is_capturing: Callable[[], bool] = getattr(_C, "_cuda_isCurrentStreamCapturing", _absent)
+
+
+def float32_products() -> str | bool:
+    """Return how cuBLAS multiplies float32: a precision since torch 2.9, before whether as tf32.
+
+    The older getters may raise where the newer have been used.
+    """
+    get = getattr(_C, "_get_fp32_precision_getter", None)
+    return _C._get_cublas_allow_tf32() if get is None else get("cuda", "matmul")  # type: ignore[no-any-return]
+
+
+def set_float32_products(how: str | bool) -> None:
+    """Set what `float32_products` returns."""
+    if isinstance(how, str):
+        _C._set_fp32_precision_setter("cuda", "matmul", how)
+    else:
+        _C._set_cublas_allow_tf32(how)
+
+
+# ---- DTensor, whose module takes a second to import ----------------------------------------------
+
+
+def local_tensor(t: Any) -> Tensor:
+    """Return what a DTensor has on this rank: `to_local` without autograd."""
+    return t._local_tensor  # type: ignore[no-any-return]
+
+
+def shard_order(t: Any) -> Any:
+    """Return in which order mesh dimensions cut a DTensor; None if torch does not say."""
+    return getattr(t._spec, "shard_order", None)
+
+
+def strided_shard() -> Any:
+    """Return the placement by which fully_shard cuts what tensor parallelism has cut."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return _StridedShard
