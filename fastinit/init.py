@@ -454,6 +454,7 @@ sparse = _deprecated(sparse_)
 
 # Signatures are torch's: `moved` is there for its error message only.
 for _name in (*__all__, "orthogonal_batched_"):
-    _sign = inspect.signature(globals()[_name])
-    _kept = [p for p in _sign.parameters.values() if p.name != "moved"]
-    globals()[_name].__signature__ = _sign.replace(parameters=_kept)
+    if _name.endswith("_"):
+        _sign = inspect.signature(globals()[_name])
+        _kept = [p for p in _sign.parameters.values() if p.name != "moved"]
+        globals()[_name].__signature__ = _sign.replace(parameters=_kept)
