@@ -92,7 +92,7 @@ def _write_keyed(name: str, tensor: Tensor, args: tuple[Any, ...], key: Key | No
 
 
 def may_run_natively(t: Any, least: int, recorder: Recorder | None) -> bool:
-    """Return whether a tensor is plain and large enough for a native call, and nobody watches."""
+    """Return whether a tensor is plain, large enough for a native call, and seen by no mode."""
     if type(t) not in geometry.PLAIN or torch_api.function_modes() != 0:
         return False  # before t.numel() would be seen
     n = t.numel()
@@ -106,7 +106,7 @@ def may_run_natively(t: Any, least: int, recorder: Recorder | None) -> bool:
 
 
 def has_no_elements(t: Any, generator: Source) -> bool:
-    """Return whether a plain tensor is empty, and not as a part of something that is not."""
+    """Return whether a plain tensor is empty and no part of a larger whole."""
     is_part = isinstance(generator, Key) and generator.global_shape is not None
     return (
         not is_part

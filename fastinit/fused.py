@@ -21,7 +21,7 @@ from fastinit.core.recording import set_recorder, this_thread
 
 
 class fused(ContextDecorator):
-    """Write whatever is initialised in this block once, at its end, with the same bits.
+    """Write whatever is initialised in this scope once, at its end, with the same bits.
 
     Args:
         progress: show a bar (with tqdm, if installed) while writing what waited until the end
@@ -29,17 +29,17 @@ class fused(ContextDecorator):
         prefix: put before the names of parameters that keys are made of
 
     Inside, every in-place fill of a tensor that reaches torch, by whatever name, is recorded
-    instead of run; generators move on at once. A fill is written at the end of the block, all of
+    instead of run; generators move on at once. A fill is written at the end of the scope, all of
     them in one threaded pass (on a GPU in one kernel launch), or as soon as something could see it:
     an operator, `.numpy()`, a new thread. It is never written if another fill overwrites it first
     or its memory is freed. Small fills (on the CPU fewer than 8,192 elements), tensors made before
-    the block and those on devices other than CPU and CUDA are filled when asked for. Afterwards
-    everything is as if the block had run without: values, version counters, generators, warnings,
-    exceptions. If the block raises, what was asked for so far is written.
+    the scope and those on devices other than CPU and CUDA are filled when asked for. Afterwards
+    everything is as if the code had run without it: values, version counters, generators, warnings,
+    exceptions. If the code raises, what was asked for so far is written.
 
-    Gives a `Report`. Works as a decorator, too. A block inside another joins it.
+    Entering gives a `Report`. A scope inside another joins it. It is a decorator, too.
 
-    Not seen: memory read by threads that ran before the block, or by native code that got a tensor
+    Two readers are not seen: threads that ran before the scope, and native code that got a tensor
     by other ways than an operator, `data_ptr()` and the like.
 
         >>> import torch, fastinit
@@ -116,7 +116,7 @@ class _Scope:
 
 
 def _why_not() -> str:
-    """Why nothing can be captured here; "" if it can."""
+    """Return why nothing can be captured here, or "" if it can."""
     if this_thread.recorder is not None:
         return "a Plan is being recorded"
     if torch.compiler.is_compiling() or torch_api.tracing_state() is not None:

@@ -313,7 +313,7 @@ def orthogonal_(
 def orthogonal_batched_(
     tensor: Tensor, gain: float = 1, generator: Source = None, **moved: NoReturn
 ) -> Tensor:
-    """Fill every matrix of a batch with an orthogonal matrix of its own; torch has no such.
+    """Fill every matrix of a batch with an orthogonal matrix of its own; torch cannot.
 
     For weights of experts or layers that are stacked, which `orthogonal_` would flatten into one
     matrix. The normals are those of `torch.randn(tensor.shape)`, so that, on the CPU, for rows *
@@ -348,7 +348,7 @@ def _is_in_cpu_memory(t: Tensor) -> bool:
 def _orthogonal(
     shape: tuple[int, ...], tensor: Tensor, gain: float, generator: Generator | None
 ) -> Tensor:
-    """Fill what is no plain memory to write to, by way of other memory.
+    """Fill a tensor that kernels cannot write in place: compute elsewhere, then copy.
 
     Args:
         shape: (..., rows, cols), as which the tensor is seen
@@ -362,7 +362,7 @@ def _orthogonal(
 def _factor(
     shape: tuple[int, ...], like: Tensor, gain: float, generator: Generator | None
 ) -> tuple[Tensor, float]:
-    """Return matrices of a shape, and what they have still to be multiplied by."""
+    """Return orthogonal matrices of a shape, and the factor they have yet to be multiplied by."""
     plain = type(like) in geometry.PLAIN and like.is_cpu and not torch.compiler.is_compiling()
     plain = plain and recording.modes_allow() and geometry.accepts(like, inference=True)
     with kernels.undisturbed() if plain else nullcontext():  # so that nothing waits
@@ -389,7 +389,7 @@ def sparse_(
     Args:
         tensor: shape (rows, columns), any floating dtype
         sparsity: fraction of each column's elements that become zero
-        std: of the others
+        std: standard deviation of the other elements
         generator: where the words of the normals come from (default: torch's default generator), or
             a `Key`, which then decides which rows become zero, too
 
@@ -411,14 +411,14 @@ def _no_grad_trunc_normal_(
     b: float,
     generator: Generator | None = None,
 ) -> Tensor:
-    """Stands for its namesake in torch.nn.init, which is looked up at each call, while hooked."""
+    """Stand in for its namesake in torch.nn.init, which torch looks up at each call."""
     if written("trunc_normal_", tensor, (mean, std, a, b), generator, {}):
         return tensor
     return cast(Tensor, ORIGINALS["_no_grad_trunc_normal_"](tensor, mean, std, a, b, generator))
 
 
 def _given(generator: Source) -> tuple[Generator, ...]:
-    """Return the generator if it is one that the default generator is not."""
+    """Return the generator in a tuple, or none if it is the default generator."""
     is_own = isinstance(generator, Generator) and generator is not torch.default_generator
     return (cast(Generator, generator),) if is_own else ()
 

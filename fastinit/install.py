@@ -54,7 +54,7 @@ def uninstall() -> None:
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """`install` for the length of a with block, or of a function it decorates."""
+    """Install for the length of a with statement, or of a function that this decorates."""
     install()
     try:
         yield

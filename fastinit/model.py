@@ -51,8 +51,7 @@ def init_model_(
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, tied ones as often as they are held: in half the time of
-    model.parameters() and model.buffers()."""
+    """Yield parameters and buffers, tied ones repeatedly, in half the time that torch takes."""
     for m in model.modules():
         for t in (*m._parameters.values(), *m._buffers.values()):
             if t is not None:
@@ -148,7 +147,7 @@ def _reset_new(new: set[int], module: nn.Module) -> None:
 
 @contextmanager
 def _watching(watch: _Watch) -> Iterator[None]:
-    """Put a mode on top of the block's, which goes on to take fills without operators."""
+    """Put a mode on top of the scope's, which still takes fills that come without operators."""
     capture = recording.this_thread.recorder
     if not isinstance(capture, Capture):
         with watch:
@@ -167,7 +166,7 @@ def _materialized(
     dtype: torch.dtype | None,
     memory: dict[tuple[object, ...], Tensor],
 ) -> Tensor:
-    """A tensor like `old` with memory, shared with those that shared `old`'s."""
+    """Return a tensor like `old` with memory, which tensors that shared `old`'s storage share."""
     kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
     if shard.is_distributed(old):
         return _distributed(old, device, kind)
@@ -184,7 +183,7 @@ def _materialized(
 
 
 def _distributed(old: Any, device: torch.device | str | int | None, dtype: torch.dtype) -> Tensor:
-    """The same for a DTensor: memory for what this process holds of it."""
+    """Return a DTensor like `old` with memory for this process's elements."""
     where = old.device_mesh.device_type if device is None else device
     with torch.no_grad():
         new = torch.empty_like(old, dtype=dtype, device=where)
@@ -226,7 +225,7 @@ class _Watch(Mode):
         return result
 
     def note(self, t: Tensor) -> None:
-        """All of this has been written."""
+        """Note that all elements of a tensor have been written."""
         t = shard.local(t)
         if not geometry.is_plain(t):
             return
@@ -238,7 +237,7 @@ class _Watch(Mode):
                 self._marks(t).fill_(_MARK[t.element_size()])
 
     def _marks(self, t: Tensor) -> Tensor:
-        """What stands for a tensor's elements in the marks of its storage."""
+        """Return the view of a storage's marks that stands for a tensor's elements."""
         marks = self._partly.get(geometry.storage_id(t))
         if marks is None:
             marks = torch.zeros(geometry.storage_of(t).nbytes(), dtype=torch.uint8, device="cpu")

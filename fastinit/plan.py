@@ -34,7 +34,7 @@ _MOVED = (
 
 
 class _Fills(NamedTuple):
-    """A call that is done natively, all of its fills in one run."""
+    """The step of a call that runs natively: its fills and their law."""
 
     law: Law
     fills: list[Fill]
@@ -45,7 +45,7 @@ class _Fills(NamedTuple):
 
 
 class _FillKeyed(NamedTuple):
-    """A call with a Key."""
+    """The step of a call with a Key."""
 
     law: Law
     tensor: Tensor
@@ -106,7 +106,7 @@ class Plan(Recorder):
         self._prepared = self._packed = None
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Raise in `run` if one of these has moved, though only views of them were recorded."""
+        """Let `run` raise if one of these tensors moves, though only views of it are recorded."""
         self._places += [(t, geometry.place(t)) for t in tensors if type(t) in geometry.PLAIN]
 
     def __len__(self) -> int:
@@ -225,7 +225,7 @@ for _name in (*init.__all__, "orthogonal_batched_"):
 
 
 def record(model: nn.Module, fn: Fn | None = None) -> Plan:
-    """What `init_model_(model, fn)` would do, as a Plan that does it again and again.
+    """Return a Plan that does what `init_model_(model, fn)` does, again and again.
 
     Args:
         model: any module; its tensors must keep their memory while the plan is used
@@ -261,7 +261,7 @@ def record(model: nn.Module, fn: Fn | None = None) -> Plan:
 
 
 class _Keyed:
-    """The steps of a Plan with the numbers of a seed: as many as touch different memory at once."""
+    """Runs a Plan's steps with the numbers of a seed, as many at once as touch other memory."""
 
     def __init__(self, seed: int, prefix: str, named: names.Names) -> None:
         self._seed, self._prefix, self._names = seed, prefix, named

@@ -273,14 +273,14 @@ class Capture(Mode, Recorder):
         return new is not None and self._record(memory, new)
 
     def _replace_memory(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """set_, resize_: what is known of the storage may no longer be true."""
+        """Run set_ or resize_, and forget what is known of the storage, which it may change."""
         for x in leaves((args, kwargs)):
             if isinstance(x, Tensor):
                 self.expose(x, str(func))
         return func(*args, **kwargs)
 
     def _expose_single(self, func: Any, out: Any) -> None:
-        """torch.tensor([t[0], ...]) asks views of one element for their values behind our back."""
+        """End waiting for what a one-element view shows: torch.tensor([t[0]]) reads it unseen."""
         for x in leaves(out):
             if isinstance(x, Tensor) and geometry.is_here(x) and x.numel() == 1:
                 self.expose(x, str(func))
@@ -353,7 +353,7 @@ class Capture(Mode, Recorder):
         self.report.hold(module, name, value)
 
     def read(self, t: Tensor, how: str) -> None:
-        """Somebody is about to read a tensor without an operator."""
+        """Write what is pending in a tensor that is about to be read without an operator."""
         if self._pending:
             try:
                 self._settle_arguments(how, (t,), None)
@@ -361,7 +361,7 @@ class Capture(Mode, Recorder):
                 self.settle(how)
 
     def expose(self, t: Tensor, how: str) -> None:
-        """Somebody gets to know where its memory is: from now on nothing may wait there."""
+        """Write what is pending in a tensor whose address gets known; let no fill wait there."""
         self.read(t, how)
         if self.watch is not None and how.startswith("Tensor."):
             self.watch(t)  # who has the address may write, too

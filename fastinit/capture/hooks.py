@@ -56,7 +56,7 @@ def _exposing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For what writes tensors to a file by itself."""
+    """Return a function that writes all that is pending before `original` saves tensors."""
 
     @functools.wraps(original)
     def save(*args: Any, **kwargs: Any) -> Any:
@@ -69,7 +69,7 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_harmless(thread: threading.Thread) -> bool:
-    """tqdm's monitor, started with the first bar, knows no tensors."""
+    """Return whether a thread is tqdm's monitor, which starts with the first bar: no tensors."""
     return type(thread).__module__.startswith("tqdm")
 
 

@@ -33,7 +33,7 @@ def _normal(args: Any, kwargs: dict[str, Any]) -> Law:
 
 
 def _value(args: Any, kwargs: dict[str, Any]) -> Law | None:
-    """fill_, full_like, new_full: the value comes last. One that is a tensor must be written."""
+    """Return the law of fill_, full_like or new_full: the value comes last. A tensor is read."""
     value = args[-1]
     if isinstance(value, Tensor):
         if type(value) is not Tensor or not value.is_cpu or value.dim() != 0 or value.is_complex():
@@ -43,7 +43,7 @@ def _value(args: Any, kwargs: dict[str, Any]) -> Law | None:
 
 
 def _full(args: Any, kwargs: dict[str, Any]) -> Law | None:
-    """full without a dtype takes that of its value."""
+    """Return the law of full; without a dtype only for a float, as full takes its value's dtype."""
     given = kwargs.get("dtype") is not None or type(args[1]) is float
     return laws.constant(args[1]) if given else None
 
@@ -103,7 +103,7 @@ def writes(func: Any) -> bool:
 
 
 def written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
-    """What it writes to."""
+    """Return the tensors that an operator writes."""
     found = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -113,7 +113,7 @@ def written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
 
 @functools.cache
 def makes_new(func: Any) -> bool:
-    """Its result is in memory of its own."""
+    """Return whether an operator's result is in memory of its own."""
     schema = getattr(func, "_schema", None)
     if schema is None or schema.is_mutable or func.namespace != "aten" or is_view(func):
         return False
@@ -207,7 +207,7 @@ _UNSAID = {f"aten::unsafe_{name}" for name in ("split", "split_with_sizes", "chu
 
 
 def is_view(func: Any) -> bool:
-    """Makes other tensors of the same memory, or turns them in place; never reads or writes it.
+    """Return whether an operator only makes or turns views, and never reads or writes memory.
 
     Operators like contiguous and reshape, which copy if they have to, reach a mode undivided in
     inference mode; their schemas promise an alias.
@@ -225,7 +225,10 @@ def is_view(func: Any) -> bool:
 
 
 def is_inplace(func: Any) -> bool:
-    """Writes into its first argument and returns that. (torch 2.11 has no torch.Tag.inplace.)"""
+    """Return whether an operator writes its first argument and returns that.
+
+    By its schema, as torch 2.11 has no torch.Tag.inplace.
+    """
     schema = getattr(func, "_schema", None)
     return (
         schema is not None
@@ -258,7 +261,7 @@ def copies_plainly(to: Tensor, by: Any) -> bool:
 
 
 def leaves(x: object) -> Iterator[object]:
-    """What is in nested lists, tuples and dicts."""
+    """Yield what is in nested lists, tuples and dicts."""
     if isinstance(x, dict):
         x = list(x.values())
     if isinstance(x, (list, tuple)):

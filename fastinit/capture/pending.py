@@ -53,15 +53,14 @@ class Memory:
         return bool(self.weak.expired())  # type: ignore[no-untyped-call]
 
     def says_all(self, t: Tensor) -> bool:
-        """Whether what is pending is all there is to know about the storage, which is t's, and as
-        cheap to do again as to copy."""
+        """Return whether what is pending is all of t's storage, and as cheap to do as to copy."""
         first = self.fills[0]
         if any(fill.op == "orthogonal" for fill in self.fills):
             return False
         return first.is_dense and first.extent == (0, geometry.storage_of(t).nbytes())
 
     def note(self, new: Written, dense: bool) -> None:
-        """A fill has been written; nothing is left of those below it."""
+        """Remember a fill that has been written, and forget those it covers."""
         begin, end = new.extent
         if new.op == "sparse_mask" and self.written and self.written[-1].caller == new.caller:
             self.written[-1] = self.written[-1]._replace(op="sparse")  # its other half
@@ -72,7 +71,7 @@ class Memory:
         self.written.append(new)
 
     def settled(self) -> None:
-        """What was pending has been written."""
+        """Remember that all pending fills have been written."""
         for fill in self.fills:
             how = (
                 Written.of(fill.fill, fill.extent, fill.caller)

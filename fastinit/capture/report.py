@@ -49,9 +49,9 @@ class Row(NamedTuple):
 class Report:
     """What happened in a scope, counted in elements. `print` it for a table."""
 
-    recorded_elements: int = 0  # of fills that could wait, copies of them included
-    written_elements: int = 0  # of those, what was written
-    dropped_elements: int = 0  # and what was overwritten or freed before anybody read it
+    recorded_elements: int = 0  # elements of fills that could wait, copies included
+    written_elements: int = 0  # those of them that were written
+    dropped_elements: int = 0  # those overwritten or freed before anybody read them
     at_once_elements: int = 0  # of large fills that could not wait, done natively when asked for
     bytes: int = 0  # written by fills that waited
     seconds: float = 0.0  # spent on writing them
@@ -59,9 +59,9 @@ class Report:
     reason: str = ""  # why nothing was captured, if so
     threads: set[str] = field(default_factory=set)  # whose running kept fills from waiting
     unwritten: list[str] = field(default_factory=list)  # names of what nobody initialised
-    repeated: list[str] = field(default_factory=list)  # of what was asked to be filled twice
+    repeated: list[str] = field(default_factory=list)  # names of what was filled twice
     tied: list[tuple[str, ...]] = field(default_factory=list)  # names of one tensor each
-    kept: list[str] = field(default_factory=list)  # of buffers that are as they were
+    kept: list[str] = field(default_factory=list)  # names of buffers left as they were
     foreign: set[str] = field(default_factory=set)  # operators that drew from torch's generators
     progress: bool = False  # show a bar while writing what waited until the end
     prefix: str = ""  # of all names
@@ -78,7 +78,7 @@ class Report:
     # ---- what capture.py tells -----------------------------------------------------------------
 
     def close(self, memories: Iterable[Memory], ours: Collection[int]) -> None:
-        """The scope is over: what its tensors are now is what is reported of them."""
+        """Take stock at the end of the scope: tensors are reported as they are now."""
         memories = list(memories)
         self._memories += [m for m in memories if m.written]
         seen = {m.storage_id: m for m in memories}
@@ -149,7 +149,7 @@ class Report:
     # ---- names ---------------------------------------------------------------------------------
 
     def hold(self, module: nn.Module, name: str, value: object) -> None:
-        """A module got a parameter, a buffer or a child."""
+        """Note that a module got a parameter, a buffer or a child."""
         known = self._modules.get(id(module))
         if known is None or known() is not module:
             self._modules.pop(id(module), None)  # of one that died, whose place was earlier

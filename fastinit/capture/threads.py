@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Others:
-    """Those that still run."""
+    """Threads and tasks of the scope that still run."""
 
     def __init__(self) -> None:
         self._refs: list[weakref.ref[Thread | Future[Any]]] = []

@@ -23,7 +23,7 @@ _COMPOSED = ("trunc_normal", "sparse", "eye", "dirac", "orthogonal", "orthogonal
 
 
 class Part(NamedTuple):
-    """So many elements of a tensor, and the law that they follow."""
+    """A number of elements of a tensor that follow one law."""
 
     law: str  # constant, uniform, normal
     items: int
@@ -43,7 +43,7 @@ class Part(NamedTuple):
         return self.a + mean * self.b, m2 * self.b**2, m3 * self.b**3, m4 * self.b**4
 
     def density(self, x: Tensor) -> Tensor:
-        """Of a law without point masses."""
+        """Return the density at x, for a law without point masses."""
         if self.law == "uniform":
             return ((x >= self.a) & (x < self.b)) / (self.b - self.a)
         z, (low, high) = (x - self.a) / self.b, self._bounds()
@@ -82,7 +82,7 @@ def _truncated(low: float, high: float) -> tuple[float, float, float, float, flo
 def parts_of(
     fills: Sequence[Written], shape: Sequence[int], dtype: torch.dtype, begin: int = 0
 ) -> tuple[Part, ...] | None:
-    """What fills made of a tensor. None: they do not say what is in all of it.
+    """Return the parts that fills made of a tensor, or None if they do not determine all of it.
 
     Args:
         fills: of the tensor's storage, in their order
@@ -121,7 +121,7 @@ def _overlap(extent: tuple[int, int], others: list[tuple[int, int]]) -> bool:
 
 
 def _parts(w: Written, shape: Sequence[int], n: int) -> list[Part]:
-    """Of one fill. `shape`: () if it is not that of what was filled."""
+    """Return the parts that one fill makes; `shape` is () if it is not known."""
     name, arguments = (w.caller[0].rstrip("_") + "_", w.caller[1]) if w.caller else ("", ())
     if w.op in ("constant", "uniform", "normal", "normal_pairs") and name[:-1] not in _COMPOSED:
         law, bounds = w.op.partition("_")[0], w.bounds or ()
@@ -154,7 +154,7 @@ def _parts(w: Written, shape: Sequence[int], n: int) -> list[Part]:
 
 
 class Measured(NamedTuple):
-    """In float64."""
+    """Mean, standard deviation and extremes of a tensor, computed in float64."""
 
     mean: float
     std: float
@@ -163,7 +163,7 @@ class Measured(NamedTuple):
 
 
 def chunks(t: Tensor) -> Iterator[Tensor]:
-    """All elements in some order, in float64, not many at a time."""
+    """Yield all elements in some order, in float64, at most CHUNK at a time."""
     if t.numel() <= CHUNK:
         yield t.to("cpu", torch.float64).reshape(-1)
     elif t.shape[0] == 1:
@@ -174,7 +174,7 @@ def chunks(t: Tensor) -> Iterator[Tensor]:
 
 
 def measure(t: Tensor) -> Measured | None:
-    """None: it has no elements or none that are plain numbers in memory."""
+    """Return what a tensor measures, or None if it has no elements that are plain numbers."""
     plain = geometry.is_plain(t) and not t.is_meta
     if not plain or t.is_complex() or t.is_quantized or t.numel() == 0:
         return None
@@ -195,7 +195,7 @@ def measure(t: Tensor) -> Measured | None:
 
 
 class Expected(NamedTuple):
-    """Of a tensor with such parts."""
+    """Mean and standard deviation that a tensor of known parts should have, with their errors."""
 
     mean: float
     std: float

@@ -149,7 +149,7 @@ class Line:
         self.z.append(known.z(self.found[-1], t.dtype) if known and self.found[-1] else -1.0)
 
     def cells(self) -> tuple[str, ...]:
-        """Of the table; the farthest off is shown."""
+        """Return the cells of the line; of several tensors it shows the one farthest off."""
         row, n, off = self.row, len(self.names), len(self.off)
         several = (f"{n} x", _pattern(row.name), _pattern(row.key))
         count, name, key = several if n > 1 else ("", row.name, row.key)
@@ -209,7 +209,7 @@ _RIGHT = (0, 5, 6, 7, 8, 9)
 
 
 def text(report: Report, lines: list[Line]) -> Iterator[str]:
-    """What is printed."""
+    """Yield the lines that are printed."""
     head = str(report).splitlines()
     yield from itertools.takewhile(lambda line: not line.lstrip().startswith("tensor "), head)
     width = shutil.get_terminal_size((1000, 24)).columns  # that of a file is no matter

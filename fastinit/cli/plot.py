@@ -25,7 +25,11 @@ class Refused(Exception):
 
 
 def figure(**options: Any) -> Any:
-    """An empty figure of matplotlib's, drawn by Agg whatever backend is set. Raises Refused."""
+    """Return an empty figure that Agg draws, whatever backend is set.
+
+    Raises:
+        Refused: matplotlib is not installed.
+    """
     try:
         made = importlib.import_module("matplotlib.figure").Figure(**options)
         importlib.import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(made)
@@ -153,7 +157,7 @@ def _expect(axes: Any, parts: Sequence[Part], low: float, high: float, width: fl
 
 
 def _short(name: str, most: int) -> str:
-    """Its first part and as many of the last as fit."""
+    """Shorten a name to its first part and as many of the last as fit."""
     first, _, rest = name.partition(".")
     short = name
     while len(short) > most and "." in rest:

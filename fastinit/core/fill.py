@@ -49,7 +49,7 @@ class Fill:
 
     @property
     def is_dense(self) -> bool:
-        """Whether it writes every byte of its extent."""
+        """Return whether a fill writes every byte of its extent."""
         return self.rank == 0 and self.op != "sparse_mask"
 
     @property
@@ -107,12 +107,12 @@ class Drawn:
 
 
 def gaussian_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which the normals are drawn, and the factors of all but the smallest computed."""
+    """Return the dtype of the normals, and of the factors of all but the smallest matrices."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def packed_items(rows: int, cols: int) -> int:
-    """Entries of the lower trapezoid of a matrix, transposed if it has more columns than rows."""
+    """Return the number of entries of a matrix's lower trapezoid, transposed if it is wide."""
     n, m = sorted((rows, cols))
     return n * (n + 1) // 2 + (m - n) * n
 
@@ -127,7 +127,7 @@ class Room:
     def take(
         self, fill: Fill, extent: tuple[int, int], position: int, droppable: bool
     ) -> list[int] | None:
-        """Positions of fills that it overwrites completely; None: a new stage has to begin."""
+        """Return positions of fills that this one overwrites; None: a new stage has to begin."""
         first, last = extent
         dropped = []
         at = max(0, bisect_left(self._taken, (first, -1, -1, False)) - 1)

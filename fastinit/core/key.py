@@ -15,7 +15,7 @@ _SEEDS = 1 << 64
 
 
 class Key:
-    """Numbers that depend on a seed, a name and the place of an element, and on nothing else.
+    """A source of numbers that depend on a seed, a name and the element's place, and nothing else.
 
     Taken by every function of fastinit wherever it takes `generator=`. No generator of torch's is
     read or moved on.

@@ -123,7 +123,7 @@ def _masses_of(numbers: tuple[Any, ...]) -> tuple[float, float, float]:
 def masses(low: float, high: float) -> tuple[float, float, float]:
     """Return how much of the standard normal lies below `low`, between, and above `high`.
 
-    In 40 decimal digits, as the C libraries' erfc differ in their last bits.
+    In 50 decimal digits, as the C libraries' erfc differ in their last bits.
     """
     under, over = _tail(-low), _tail(high)
     if low > 0:

@@ -43,7 +43,7 @@ class Law(NamedTuple):
 
     @property
     def is_random(self) -> bool:
-        """Whether it draws."""
+        """Whether the law draws random numbers."""
         return self.op not in ("constant", "diagonal")
 
     @property
@@ -53,7 +53,7 @@ class Law(NamedTuple):
 
     @property
     def is_of_shape(self) -> bool:
-        """Whether it fits a tensor of the shape that was asked for, and no other."""
+        """Whether the law depends on the tensor's shape, and so fits no view of it."""
         return self.is_of_all or self.op == "diagonal"
 
     @property

@@ -66,19 +66,19 @@ class Recorder:
     # ---- what a hook has seen ----------------------------------------------------------------
 
     def read(self, t: Tensor, how: str) -> None:
-        """Somebody is about to read a tensor without an operator."""
+        """Take note that a tensor is about to be read without an operator."""
 
     def expose(self, t: Tensor, how: str) -> None:
-        """Somebody gets to know the address of a tensor, to read or write there at any time."""
+        """Take note that a tensor's address gets known: it may be read or written at any time."""
 
     def settle(self, reader: object = None) -> None:
-        """Somebody is about to read any tensor."""
+        """Take note that any tensor may be read now."""
 
     def before(self, other: threading.Thread | Future[Any] | None) -> None:
         """Another thread is about to run what this one gives it (None: a task with no future)."""
 
     def hold(self, module: nn.Module, name: str, value: object) -> None:
-        """A module is about to get a parameter, a buffer or a child."""
+        """Take note that a module is about to get a parameter, a buffer or a child."""
 
 
 class _Local(threading.local):
