@@ -121,7 +121,10 @@ def in_parts(t: torch.Tensor) -> None:
         "item": lambda t: torch.zeros(N)[3].item(),
         "module": lambda t: nn.Linear(200, 100)(torch.ones(1, 200)),
         "small": lambda t: torch_init.normal_(torch.empty(9)),
-    }
+    },
+    "parts",
+    "clone",
+    "small",
 )
 def test_loops_do_not_grow(make: Callable[[torch.Tensor], Any]) -> None:
     """What is written over and over leaves a line, not thousands."""

@@ -31,7 +31,7 @@ from tests.support import sharded_models as sharded
 from tests.support.sharded_models import MODELS, SEED, WAYS, Case, Result, bits
 
 WORLDS = (1, 2, 3, 4)
-SECONDS = 100
+SECONDS = 300
 each_world = pytest.mark.parametrize("world", slow_but(WORLDS, 2))
 NETS = [name for name in MODELS if name != "zoo"]
 Wholes = dict[str, NDArray[Any]]

@@ -232,9 +232,10 @@ def same(make: Callable[[], Any]) -> fastinit.Report:
     return report
 
 
-def each(makes: dict[str, Callable[..., Any]]) -> Any:
-    """Parametrise a test by the functions in a table."""
-    return pytest.mark.parametrize("make", makes.values(), ids=makes)
+def each(makes: dict[str, Callable[..., Any]], *usual: str) -> Any:
+    """Parametrise a test by the functions in a table; if some are `usual`, the others are slow."""
+    chosen = slow_but(makes.values(), *(makes[name] for name in usual or makes))
+    return pytest.mark.parametrize("make", chosen, ids=makes)
 
 
 def compare_in_process(python: Callable[..., Any], module: str) -> None:

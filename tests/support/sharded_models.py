@@ -35,7 +35,7 @@ from torch.distributed.tensor.parallel import (
 import fastinit
 
 SEED = 7
-PATIENCE = 60  # seconds that a rank waits for another
+PATIENCE = 200  # seconds that a rank waits for another
 Fn = Callable[[nn.Module], object]
 
 
