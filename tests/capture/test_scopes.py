@@ -229,6 +229,7 @@ def test_nothing_is_left_behind() -> None:
         now = dict(vars(owner))
         changed = [name for name in then.keys() | now.keys() if then.get(name) is not now.get(name)]
         assert not changed, owner
+    assert not nn.modules.module._global_parameter_registration_hooks
     assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     assert not torch.overrides._get_current_function_mode_stack()
 
