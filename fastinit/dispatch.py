@@ -8,7 +8,7 @@ dtypes, layouts, subclasses, modes, arguments out of range) goes to torch's own 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NoReturn
 
@@ -18,9 +18,7 @@ from torch.nn import init as torch_init
 
 from fastinit import execute, probe
 from fastinit.core import build, geometry, laws, recording, shard, source, torch_api
-from fastinit.core.fill import Fill
 from fastinit.core.key import Key
-from fastinit.core.laws import Law
 from fastinit.core.recording import Call, Recorder
 
 Source = Generator | Key | None  # where words come from; None: torch's default generator
@@ -70,7 +68,15 @@ def written(
     if not may_run_natively(tensor, least, recorder):
         return False
     law = laws.of(name, tensor, args)
-    return any(_run(law, fills) for fills in build.ways(law, tensor, generator))
+    for fills in build.ways(law, tensor, generator):
+        proved = [probe.proved(fill) for fill in fills]
+        if None not in proved:
+            if recorder is None:
+                execute.run(proved)  # type: ignore[arg-type]
+            else:
+                recorder.add(proved, law)  # type: ignore[arg-type]
+            return True
+    return False
 
 
 def is_keyed(generator: Source, recorder: Recorder | None) -> bool:
@@ -114,21 +120,6 @@ def has_no_elements(t: Any, generator: Source) -> bool:
         and torch_api.function_modes() == 0
         and bool(t.numel() == 0)
     )
-
-
-def _run(law: Law, fills: Iterable[Fill]) -> bool:
-    """Run or record fills if all of them are proved to have torch's bits; else return False."""
-    proved = []
-    for fill in map(probe.proved, fills):
-        if fill is None:
-            return False
-        proved.append(fill)
-    recorder = recording.this_thread.recorder
-    if recorder is None:
-        execute.run(proved)
-    else:
-        recorder.add(proved, law)
-    return True
 
 
 def leave_to_torch(

@@ -108,9 +108,9 @@ _STAND_INS = {name: _stand_in(getattr(init, name)) for name in _ORIGINALS}
 # What takes the place of a function, by the id of that function.
 _OURS = {id(_ORIGINALS[name]): _STAND_INS[name] for name in _ORIGINALS}
 _THEIRS = {id(_STAND_INS[name]): _ORIGINALS[name] for name in _ORIGINALS}
-# Where torch itself has them: module, name, its function, ours.
-_PLACES: list[tuple[ModuleType, str, Any, Any]] = [
-    (module, name, value, _OURS[id(value)])
+# Where torch itself has them: a module's names, one of these, torch's function, ours.
+_PLACES: list[tuple[dict[str, Any], str, Any, Any]] = [
+    (vars(module), name, value, _OURS[id(value)])
     for path, module in list(sys.modules.items())
     if path == "torch.nn.init" or path.startswith("torch.nn.modules.")
     for name, value in vars(module).items()
@@ -150,14 +150,14 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _put_into_torch() -> None:
-    for module, name, theirs, ours in _PLACES:
-        if vars(module).get(name) is theirs:
-            setattr(module, name, ours)
+    for names, name, theirs, ours in _PLACES:
+        if names.get(name) is theirs:
+            names[name] = ours
 
 
 def _take_out_of_torch() -> None:
-    for module, name, theirs, ours in _PLACES:
-        if vars(module).get(name) is ours:
-            setattr(module, name, theirs)
+    for names, name, theirs, ours in _PLACES:
+        if names.get(name) is ours:
+            names[name] = theirs
     if len(sys.modules) > _modules_before:  # these have imported ours
         _replace(list(sys.modules.values())[_modules_before:], _THEIRS)

@@ -17,6 +17,8 @@ from fastinit.core.fill import Caller, Fill
 _HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _FUNCTIONS_OF = frozenset((nn.init.__file__, os.path.join(_HERE, "init.py")))
+_DISPATCH = os.path.join(_HERE, "dispatch.py")  # between a function of ours and one it calls
+_CALLS_WITHIN = _FUNCTIONS_OF | {_DISPATCH}
 _SHOWN = ("a", "b", "mean", "std", "val", "gain", "mode", "nonlinearity", "sparsity", "groups")
 
 
@@ -57,13 +59,13 @@ def caller() -> Caller | None:
     public. Tensors are left out: they would live as long as the report.
     """
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.startswith(_HERE):
-        if frame.f_code.co_filename in _FUNCTIONS_OF:
-            break
+    while frame is not None and frame.f_code.co_filename not in _FUNCTIONS_OF:
+        if not frame.f_code.co_filename.startswith(_HERE):
+            return None
         frame = frame.f_back
     found = None
-    while frame is not None and frame.f_code.co_filename in _FUNCTIONS_OF:
-        if frame.f_code.co_name[0] != "_":
+    while frame is not None and (name := frame.f_code.co_filename) in _CALLS_WITHIN:
+        if name != _DISPATCH and frame.f_code.co_name[0] != "_":
             found = frame
         frame = frame.f_back
     if found is None:

@@ -8,7 +8,6 @@ it, with whatever error or warning it has.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -47,50 +46,40 @@ def _describe(
     return Fill(t, op, x, y, words, *layout, t.numel(), device=device)
 
 
-def ways(law: Law, t: Tensor, generator: object, accepted: bool = False) -> Iterator[list[Fill]]:
-    """Yield the ways to write a law: fills to be done one after the other, best way first.
+def ways(law: Law, t: Tensor, generator: object) -> list[list[Fill]]:
+    """Return the ways to write a law, the best first: fills to be done one after the other.
 
-    Args:
-        generator: None for torch's default one
-        accepted: the caller knows that `geometry.accepts(t)`
+    `generator`: None for torch's default one.
     """
-    for found in _ways(law, t, generator, accepted):
-        if all(found):
-            yield found  # type: ignore[misc]
+    found: list[list[Fill | None]]
+    if law.op in ("uniform", "normal", "constant"):
+        found = [[one(law, t, generator)]]
+    elif law.op == "diagonal":
+        found = [[diagonal(t, law)]]
+    elif law.op == "orthogonal":
+        found = [[orthogonal(t, law, generator)]]
+    elif law.op == "trunc_normal":
+        mean, std, a, b = law.numbers
+        found = [[trunc_normal(t, mean, std, a, b, generator)]]
+        if geometry.device_of(t) >= 0:
+            found.append([trunc_erfinv(t, mean, std, a, b, generator)])
+    elif geometry.device_of(t) >= 0:
+        found = [[sparse(t, law.numbers[1], law.shape[2], generator)]]
+    else:
+        mean, std = law.numbers
+        found = [[normal(t, mean, std, generator), sparse_mask(t, law.shape[2])]]
+    return [way for way in found if None not in way]  # type: ignore[misc]
 
 
 def one(law: Law, t: Tensor, generator: object, accepted: bool = False) -> Fill | None:
-    """Return the fill of a law that takes one fill and has one way: uniform, normal, constant."""
+    """Return the fill of a uniform, normal or constant law.
+
+    `accepted`: the caller knows that `geometry.accepts(t)`.
+    """
     if law.op == "constant":
         return constant(t, law.numbers[0], accepted)
     a, b = law.numbers
-    make = uniform if law.op == "uniform" else normal
-    return make(t, a, b, generator, accepted)
-
-
-def _ways(law: Law, t: Tensor, generator: object, accepted: bool) -> Iterator[list[Fill | None]]:
-    on_gpu = geometry.device_of(t) >= 0
-    if law.op == "constant":
-        yield [constant(t, law.numbers[0], accepted)]
-    elif law.op == "diagonal":
-        yield [diagonal(t, law)]
-    elif law.op == "orthogonal":
-        yield [orthogonal(t, law, generator)]
-    elif law.op == "trunc_normal":
-        mean, std, a, b = law.numbers
-        yield [trunc_normal(t, mean, std, a, b, generator)]
-        if on_gpu:
-            yield [trunc_erfinv(t, mean, std, a, b, generator)]
-    else:
-        a, b = law.numbers
-        if law.op == "uniform":
-            yield [uniform(t, a, b, generator, accepted)]
-        elif law.op == "normal":
-            yield [normal(t, a, b, generator, accepted)]
-        elif on_gpu:
-            yield [sparse(t, b, law.shape[2], generator)]
-        else:
-            yield [normal(t, a, b, generator), sparse_mask(t, law.shape[2])]
+    return (uniform if law.op == "uniform" else normal)(t, a, b, generator, accepted)
 
 
 def uniform(
