@@ -174,7 +174,7 @@ def test_interrupt(name: str, args: tuple, millions: int, python: Callable) -> N
         def interrupt():
             sent.append(time.perf_counter())
             os.kill(os.getpid(), signal.SIGINT)
-        timer = threading.Timer(0.4, interrupt)
+        timer = threading.Timer(0.15, interrupt)
         count = fastinit.core.kernels.native_fills
         timer.start()
         try:
