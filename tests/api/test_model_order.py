@@ -247,6 +247,7 @@ def test_order_is_not_visible(name: str, seed: int) -> None:
     assert_same_model(Net, CASES[name], init_model_, seed=seed)
 
 
+@pytest.mark.slow
 def test_memory_that_goes_away(python: Callable[..., Any]) -> None:
     """In a process of its own: a write past the end shows as a crash there, or as other bits."""
     done = python(

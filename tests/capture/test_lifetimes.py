@@ -111,6 +111,7 @@ def in_parts(t: torch.Tensor) -> None:
     t.sum()
 
 
+@pytest.mark.slow
 @each(
     {
         "sum": lambda t: t.normal_().sum(),

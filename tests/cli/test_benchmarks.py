@@ -58,6 +58,7 @@ def test_a_shard_agrees_with_the_whole(
         load("keyed").shard((8, 64), (60, 0), 1).check()
 
 
+@pytest.mark.slow
 def test_constructions_are_compared(load: Callable, one_thread: None) -> None:
     construction = load("construction")
     made = construction.case(lambda: nn.Linear(90, 100), 1.0, rounds=2, calls=2)
@@ -177,6 +178,7 @@ def gpu(load: Callable, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> It
         monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_gpu_table_and_file(
     gpu: ModuleType,
     monkeypatch: pytest.MonkeyPatch,

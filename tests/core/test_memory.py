@@ -83,6 +83,7 @@ def measured(what: str, python: Callable[..., Any]) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
+@pytest.mark.slow
 def test_extra_memory(python: Callable[..., Any]) -> None:
     *laws, wasted = measured(LAWS, python)
     assert len(laws) == 4

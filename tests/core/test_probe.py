@@ -27,6 +27,7 @@ TIMING = """
 """
 
 
+@pytest.mark.slow
 def test_a_proof_takes_less_than_20_ms(python: Callable[..., Any]) -> None:
     """The first includes that of the normals it rests on."""
     for _ in range(3):  # the machine may be busy

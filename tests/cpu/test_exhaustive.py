@@ -21,6 +21,7 @@ def test_untemper() -> None:
     assert (temper(untemper(y)) == y).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [64, *slow([1])])
 def test_all_radii_and_angles(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(geometry, "MIN_NATIVE", 0)

@@ -153,6 +153,7 @@ def test_other_python_threads_run_during_a_fill() -> None:
     assert len(inside) >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "args", "millions"),
     [
@@ -166,6 +167,7 @@ def test_interrupt(name: str, args: tuple, millions: int, python: Callable) -> N
         f"""
         import os, signal, threading, time
         import torch, fastinit
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
         torch.set_num_threads(1)
         fastinit.{name}(torch.empty(100_000, dtype=torch.float64))  # load and probe everything
         tensor = torch.empty({millions} * 10**6, dtype=torch.float64)

@@ -105,6 +105,7 @@ def test_import_and_info_without_a_driver(python: Python) -> None:
     assert re.search(r"^CUDA +(fastinit\._cuda|no kernels)", run.stdout, re.MULTILINE), run.stdout
 
 
+@pytest.mark.slow
 def test_a_cuda_module_that_does_not_load_is_no_obstacle(python: Python) -> None:
     """As after moving to another machine: fastinit goes on with the CPU, and info says why."""
     run = python(

@@ -42,6 +42,7 @@ def test_no_register_is_spilled(architecture: str) -> None:
     assert max(others) <= 80
 
 
+@pytest.mark.slow
 @disassembled
 @each_architecture
 def test_stores_are_16_bytes_wide(architecture: str) -> None:
@@ -103,6 +104,7 @@ def test_the_keyed_kernel_rounds_as_the_laws_say() -> None:
     }
 
 
+@pytest.mark.slow
 @needs_nvcc
 @disassembled
 @each_architecture

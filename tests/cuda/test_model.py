@@ -304,6 +304,7 @@ def test_erfinv() -> None:
 BOUNDS = [(0.0, 1.0), (-1.0, 1.0), (-0.1, 0.3), (1000.0, 1000.7), (-3e-5, 17.3), (2.5, 2.5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bounds", BOUNDS)
 def test_uniform_is_exact(dtype: str, bounds: tuple[float, float]) -> None:
@@ -393,6 +394,7 @@ def test_normal_formula(dtype: str) -> None:
     np.testing.assert_allclose(rounded, plain, rtol=2.0**-digits * 1.01, atol=1.5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_normal_rounds_where_the_kernel_does(dtype: str) -> None:
     mean, std = 0.1, 1.7
@@ -436,6 +438,7 @@ def test_sine_and_cosine_of_pi() -> None:
             assert abs(value - true) <= 1.5 * math.ulp(true) + 1e-50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_normal_moments(dtype: str) -> None:
     n = 1_000_000
@@ -478,6 +481,7 @@ def test_trunc_normal_refuses_the_other_branch() -> None:
         trunc_normal(10, "float32", 0, 1, 2, 3, State(0), SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_truncated_moments(dtype: str) -> None:
     n = 400_000

@@ -156,6 +156,7 @@ def test_large_matrices(shape: tuple[int, int], shared: int, dtype: torch.dtype)
         assert "small" not in {step for step, *_ in sim.launches}
 
 
+@pytest.mark.slow
 def test_the_widest_blocks() -> None:
     a = random(1550, 1540)
     with simulated() as sim:
@@ -474,6 +475,7 @@ def test_simulation_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- a real GPU ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [F32, *slow([F64])], ids=str)
 def test_all_ways(dtype: torch.dtype, here: torch.device) -> None:

@@ -89,6 +89,7 @@ def test_model_normal_is_torchs() -> None:
         assert distance < within[str(dtype).split(".")[1]], (seed, dtype, distance)
 
 
+@pytest.mark.slow
 def test_model_fma() -> None:
     """Nearest to the exact value, and even if two are."""
     rng = np.random.default_rng(5)
@@ -164,6 +165,7 @@ def test_model_normal_is_the_formula(dtype: torch.dtype, monkeypatch: pytest.Mon
                 assert abs(exact / other - 1) < 2.0**-23, (i, r, t)
 
 
+@pytest.mark.slow
 @each_wide
 @each_truncated
 def test_model_trunc_normal_is_the_formula(

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from scipy import special, stats  # type: ignore[import-untyped]
 
@@ -63,6 +64,7 @@ def trunc_p(x: Sample) -> float:
     return law_p(x, lambda v: (special.ndtr(v) - special.ndtr(-2.0)) / mass, moments)
 
 
+@pytest.mark.slow
 def test_the_normal_law() -> None:
     x = sample("normal_")
     assert normal_p(x) > LEAST
@@ -79,6 +81,7 @@ def test_the_uniform_law() -> None:
     assert x.max() < 1
 
 
+@pytest.mark.slow
 def test_the_truncated_law() -> None:
     x = sample("trunc_normal_")
     assert trunc_p(x) > LEAST
@@ -93,6 +96,7 @@ def correlation_p(x: Sample, y: Sample) -> float:
     return min(both_sides(float(r) * math.sqrt(len(x))) for r in found)
 
 
+@pytest.mark.slow
 @each_law
 def test_elements_are_independent(name: str, args: tuple[float, ...]) -> None:
     x = sample(name, *args)

@@ -231,6 +231,7 @@ def test_scipy_passes() -> None:
     assert unlikely(stewart((5, 5), 6000, True), entries, rotated, spectrum) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 3), *slow([(1, 1), (2, 2), (5, 5), (7, 3), (1, 6)])])
 @pytest.mark.parametrize("way", [direct_unsigned, *slow([factored_unsigned])])
 def test_without_signs_it_fails(way: Way, shape: tuple[int, int]) -> None:

@@ -26,6 +26,7 @@ PEAK = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", *slow(["float32"])])
 def test_memory(dtype: str, python: Callable[..., Any]) -> None:
     """Twice the matrix that is worked on and 32 MB."""
