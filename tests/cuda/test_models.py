@@ -14,7 +14,7 @@ from torch import nn
 
 import fastinit
 from fastinit import init_model_, materialize_
-from tests.support.compare import BF16, F16, F64, POISONS, attempt
+from tests.support.compare import BF16, F16, F32, F64, POISONS, attempt
 from tests.support.cuda_gpu import START, At, Gpu, in_scope
 from tests.support.marks import slow, slow_but
 from tests.support.models import ZOO, Tied
@@ -160,7 +160,7 @@ def test_conversion_in_a_scope(kind: str, dtype: torch.dtype, gpu: Gpu) -> None:
                 converted = MODELS[kind]().to(dtype)
         seen.append({f"moved {k}": v for k, v in gpu.seen_of(moved).items()})
         seen[-1] |= gpu.seen_of(converted)
-    gpu.assert_same(seen[1], seen[0], kind)
+    gpu.assert_same(seen[1], seen[0], kind, drawn=F32)
 
 
 def test_reads_in_a_scope(gpu: Gpu) -> None:

@@ -40,7 +40,7 @@ def test_memory(dtype: str, python: Callable[..., Any]) -> None:
 
 MANY = """
     import resource, torch, fastinit
-    from fastinit import qr
+    from fastinit.cpu import qr
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     torch.set_num_threads(2)

@@ -54,7 +54,7 @@ def test_threads(dtype: torch.dtype, direct: bool, shapes: list[tuple[int, int]]
 TARGETS = [name for name, works in fastinit._cpu.targets() if works]
 MAKE = f"""
     import torch, fastinit
-    from fastinit import qr
+    from fastinit.cpu import qr
     torch.set_num_threads(2)
     short = False
     made = []

@@ -202,7 +202,10 @@ class Gpu:
                     seen[f"{name} version"] = version(t)
         return {**seen, **self.states(*generators)}
 
-    def assert_same(self, torchs: dict[str, Any], ours: dict[str, Any], what: str) -> None:
+    def assert_same(
+        self, torchs: dict[str, Any], ours: dict[str, Any], what: str, drawn: torch.dtype = F64
+    ) -> None:
+        """Compare what was seen. `drawn`: the narrowest dtype that values have had."""
         if self.sim is None:
             assert_equal_seen(torchs, ours, what)
             return
@@ -214,17 +217,19 @@ class Gpu:
                 continue
             assert expected.shape == found.shape, f"{what}: {key}"
             assert expected.dtype == found.dtype, f"{what}: {key}"
-            wrong = ~self._near(expected, found)
+            wrong = ~self._near(expected, found, drawn)
             assert not wrong.any(), (
                 f"{what}: {key}: {int(wrong.sum())} of {wrong.numel()} differ, first "
                 f"{found[wrong][0]} instead of {expected[wrong][0]}"
             )
 
-    def _near(self, expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    def _near(
+        self, expected: torch.Tensor, found: torch.Tensor, drawn: torch.dtype
+    ) -> torch.Tensor:
         same = (expected == found) | (expected.isnan() & found.isnan())
         if not self.normals or expected.dtype not in _CLOSE:
             return same
-        relative, absolute = _CLOSE[expected.dtype]
+        relative, absolute = map(max, zip(_CLOSE[expected.dtype], _CLOSE[drawn]))
         shift = max(abs(mean) for mean, _ in self.normals)
         spread = max(std for _, std in self.normals)
         x, y = expected.double(), found.double()
