@@ -271,3 +271,8 @@ def test_the_default_generator_by_name() -> None:
         model = holder(5)
         torch_init.normal_(model.w, generator=torch.default_generator)
     assert report.foreign or equal(model.w, keyed("normal_", (5,)))
+
+
+def test_what_is_no_generator_is_torchs_to_refuse() -> None:
+    with fused(seed=SEED), pytest.raises(TypeError, match="generator"):
+        fastinit.normal_(torch.empty(5), generator=5)  # type: ignore[arg-type]
