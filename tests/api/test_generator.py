@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.init as torch_init
 
 import fastinit
+from fastinit.core import kernels
 from tests.support.compare import BF16, F32, Position, bits
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -126,3 +128,21 @@ def test_reduced_precision_and_float32_draw_the_same_words() -> None:
     rounded = single.to(BF16)
     inside = rounded < 1.0
     assert torch.equal(half[inside], rounded[inside])
+
+
+def test_what_another_thread_draws_meanwhile_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own operators take no turns with fastinit: the fill is done again behind them."""
+    g, twin = (torch.Generator().manual_seed(5) for _ in range(2))
+    fastinit.uniform_(torch.empty(10_000), generator=torch.Generator())  # proved
+    run, drawn = kernels.run, []
+
+    def drawing(*args: Any) -> None:
+        if not drawn:
+            drawn.append(torch.rand(7, generator=g))
+        run(*args)
+
+    monkeypatch.setattr(kernels, "run", drawing)
+    found = fastinit.uniform_(torch.empty(10_000), generator=g)
+    assert torch.equal(torch.rand(7, generator=twin), drawn[0])
+    assert torch.equal(torch.empty(10_000).uniform_(generator=twin), found)
+    assert torch.equal(g.get_state(), twin.get_state())
