@@ -13,6 +13,7 @@ try:
     from fastinit import init as _init
     from fastinit.capture.report import Report
     from fastinit.core.key import Key
+    from fastinit.core.switch import set_orthogonal
     from fastinit.fused import fused
     from fastinit.init import *  # noqa: F403  (the names of torch.nn.init)
     from fastinit.init import orthogonal_batched_
@@ -24,5 +25,5 @@ except ImportError:
         raise  # but `fastinit info` says itself what is missing
 else:
     __all__ = ["Key", "Plan", "Report", "fused", "init_model_", "install", "installed"]
-    __all__ += ["materialize_", "orthogonal_batched_", "record", "uninstall"]
+    __all__ += ["materialize_", "orthogonal_batched_", "record", "set_orthogonal", "uninstall"]
     __all__ += _init.__all__

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Generator, Tensor
 
-from fastinit.core import build, geometry, kernels, laws, recording, source
+from fastinit.core import build, geometry, kernels, laws, recording, source, switch
 from fastinit.core.fill import gaussian_dtype
 from fastinit.cpu import qr as cpu_qr
 from fastinit.dispatch import (
@@ -294,6 +295,7 @@ def orthogonal_(
         generator: where the words come from (default: torch's default generator), or a `Key`
 
     The same matrix as torch's, up to rounding: docs/reproducibility.md says how far.
+    `set_orthogonal("torch")` leaves it to torch.
 
     Raises:
         ValueError: fewer than two dimensions.
@@ -303,7 +305,8 @@ def orthogonal_(
         return tensor
     function: Callable[..., Tensor] = ORIGINALS["orthogonal_"]
     recorder = recording.this_thread.recorder
-    if may_run_natively(tensor, 0, recorder) and tensor.dim() >= 2 and _is_in_cpu_memory(tensor):
+    is_native = may_run_natively(tensor, 0, recorder) and not switch.leaves_orthogonal_to_torch()
+    if is_native and tensor.dim() >= 2 and _is_in_cpu_memory(tensor):
         rows, columns = tensor.shape[0], tensor.numel() // tensor.shape[0]
         if not build.is_narrow(rows, columns, tensor.dtype):
             function = functools.partial(_orthogonal, (rows, columns))
@@ -317,7 +320,8 @@ def orthogonal_batched_(
 
     For weights of experts or layers that are stacked, which `orthogonal_` would flatten into one
     matrix. The normals are those of `torch.randn(tensor.shape)`, so that, on the CPU, for rows *
-    cols a multiple of 16 the matrices are those of `orthogonal_` on one after the other.
+    cols a multiple of 16 the matrices are those of `orthogonal_` on one after the other. After
+    `set_orthogonal("torch")` they are that for all sizes, by torch's own function.
 
     Args:
         tensor: shape (..., rows, cols), any dtype that `orthogonal_` takes
@@ -337,8 +341,18 @@ def orthogonal_batched_(
             return write("orthogonal_", tensor, (gain,), generator, moved)
     if written("orthogonal_batched_", tensor, (gain,), generator, moved, 0):
         return tensor
-    function = functools.partial(_orthogonal, tuple(tensor.shape))
+    function: Callable[..., Tensor] = functools.partial(_orthogonal, tuple(tensor.shape))
+    if switch.leaves_orthogonal_to_torch():
+        function = _orthogonal_each
     return leave_to_torch(function, "orthogonal_batched_", tensor, (gain,), generator)
+
+
+def _orthogonal_each(tensor: Tensor, gain: float, generator: Generator | None) -> Tensor:
+    """Call torch's orthogonal_ for one matrix after the other."""
+    with torch.no_grad():
+        for place in itertools.product(*map(range, tensor.shape[:-2])):
+            ORIGINALS["orthogonal_"](tensor[place], gain, generator)
+    return tensor
 
 
 def _is_in_cpu_memory(t: Tensor) -> bool:

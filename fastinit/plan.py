@@ -206,7 +206,9 @@ def _recording(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(function)
     def method(self: Plan, *args: Any, **kwargs: Any) -> Tensor:
         before = recording.set_recorder(self)
-        self.modes = 0 if before is None else before.modes  # of a scope around it
+        self.modes, self.orthogonal = 0, None
+        if before is not None:  # a scope around it
+            self.modes, self.orthogonal = before.modes, before.orthogonal
         try:
             return function(*args, **kwargs)
         finally:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastinit import execute
-from fastinit.core import build, geometry, kernels, laws, recording, torch_api
+from fastinit.core import build, geometry, kernels, laws, recording, switch, torch_api
 from fastinit.core.fill import Fill, gaussian_dtype
 from fastinit.cuda import fills as cuda_fills
 
@@ -263,6 +263,8 @@ def _explain(
         if op == "normal" and function != "orthogonal_" and device < 0:
             op = "normal_pairs"
     if function == "orthogonal_":
+        if switch.leaves_orthogonal_to_torch():
+            return "torch (switched)", "by set_orthogonal or FASTINIT_ORTHOGONAL"
         dtype, layout = gaussian_dtype(dtype), "contiguous"
     flavour = verdict(op, dtype, layout, device)
     if flavour is None and op == "trunc_normal" and device >= 0:

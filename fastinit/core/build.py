@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastinit.core import geometry, laws, source
+from fastinit.core import geometry, laws, source, switch
 from fastinit.core.fill import Fill
 from fastinit.core.laws import Law
 
@@ -220,6 +220,8 @@ def sparse(t: Tensor, std: object, zeros: int, generator: object) -> Fill | None
 
 def orthogonal(t: Tensor, law: Law, generator: object) -> Fill | None:
     """Return a fill of the normals of all matrices at once, and of their factors times the gain."""
+    if switch.leaves_orthogonal_to_torch():
+        return None
     count, rows, cols = law.shape
     fill, gain = normal(t, 0.0, 1.0, generator), laws.gain_of(law.numbers[0])
     if fill is None or gain is None or not t.is_contiguous():

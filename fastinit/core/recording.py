@@ -43,6 +43,7 @@ class Recorder:
 
     modes = 0  # dispatch modes that it has put on torch's stack
     seed: int | None = None  # of the keyed stream, which then takes the place of torch's generators
+    orthogonal: str | None = None  # of its scope; goes before the process's, see switch.py
     submitting = False  # a task is given to a pool, which may start threads of its own for it
 
     # ---- fills -------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 
 
 @pytest.mark.parametrize(
-    "name", ["init", "fused", "model", "plan", "probe", "core.source", "core.key"]
+    "name", ["init", "fused", "model", "plan", "probe", "core.source", "core.key", "core.switch"]
 )
 def test_docstring_examples(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"fastinit.{name}")).failed == 0
