@@ -68,6 +68,38 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
     return save
 
 
+class _Native(threading.Thread):
+    """Native code in this thread that reads and writes tensors without operators, as others do."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(name=what)
+        self.runs = True
+
+    def is_alive(self) -> bool:
+        return self.runs
+
+
+def _running(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a call of native code before which all that is pending is written, and in which
+    nothing waits.
+    """
+
+    @functools.wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        recorder = _active()
+        if recorder is None or not torch_api.reads_unseen(self):
+            return original(self, *args, **kwargs)
+        code = _Native(type(self).__name__)
+        recorder.settle(code.name)
+        recorder.before(code)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            code.runs = False
+
+    return call
+
+
 def _is_harmless(thread: threading.Thread) -> bool:
     """Return whether a thread is tqdm's monitor, which starts with the first bar: no tensors."""
     return type(thread).__module__.startswith("tqdm")
@@ -118,6 +150,7 @@ _METHODS: list[tuple[Any, str, _Wrap]] = [
     (torch.jit, "save", _saving),
     (torch_api.ScriptModule, "save", _saving),
     (torch_api.ScriptModule, "save_to_buffer", _saving),
+    *((kind, name, _running) for kind, name in torch_api.native_calls()),
     (threading.Thread, "start", _starting),
     (ThreadPoolExecutor, "submit", _submitting),
 ]

@@ -108,6 +108,35 @@ correct_fan = _init._calculate_correct_fan  # of kaiming_*
 
 ScriptModule: Any = torch.jit._script.RecursiveScriptModule  # saves tensors by itself
 
+# What of TorchScript reads memory without an operator. Methods are those of classes in C++.
+_UNSEEN = (
+    *("prim::tolist", "prim::Print", "prim::CallMethod", "prim::fork", "prim::awaitable"),
+    *("aten::str", "aten::format", "aten::percentFormat", "aten::save"),
+)
+
+
+def native_calls() -> list[tuple[Any, str]]:
+    """Return classes and their methods by which Python calls TorchScript and AOTInductor."""
+    kinds = (kind for kind in vars(getattr(_C, "_aoti", object)).values() if isinstance(kind, type))
+    names = ("run", "boxed_run", "load_constants", "update_constant_buffer")
+    found = [(kind, name) for kind in kinds for name in names if name in vars(kind)]
+    return [(_C.ScriptFunction, "__call__"), (_C.ScriptMethod, "__call__"), *found]
+
+
+def reads_unseen(code: Any) -> bool:
+    """Return whether what one of `native_calls` calls may read or write without operators.
+
+    TorchScript's interpreter goes by operators, but for few; its fusers make code of their own.
+    """
+    if torch.cuda.is_initialized() or _C._llvm_enabled():  # type: ignore[no-untyped-call]
+        return True
+    try:
+        text = str(code.inlined_graph)
+    except (AttributeError, RuntimeError):  # AOTInductor; a method of a class in C++
+        return True
+    return any(name in text for name in _UNSEEN)
+
+
 # ---- CUDA ----------------------------------------------------------------------------------------
 
 # Handle of a device's current stream; the current device; whether a graph is captured.
