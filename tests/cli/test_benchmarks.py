@@ -10,6 +10,7 @@ import importlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -58,16 +59,118 @@ def test_a_shard_agrees_with_the_whole(
         load("keyed").shard((8, 64), (60, 0), 1).check()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("empty block", "20 x Linear(16)", "RL agent, orthogonal_ 64 x 64", "graph attention"),
+        *("init_model_, MLP 64 x 64, xavier_uniform_", "init_model_, MLP 64 x 64, orthogonal_"),
+    ],
+)
+def test_rows_agree_with_eager(load: Callable, one_thread: None, name: str) -> None:
+    made = load("scope").ROWS[name]()
+    made.check()
+    found = load("beside").measure(made, rounds=1, limit=0)
+    assert found.keys() <= {"eager", "fused"}
+    assert all(seconds > 0 for figures in found.values() for seconds in figures)
+
+
 @pytest.mark.slow
-def test_constructions_are_compared(load: Callable, one_thread: None) -> None:
-    construction = load("construction")
-    made = construction.case(lambda: nn.Linear(90, 100), 1.0, rounds=2, calls=2)
-    assert list(made.measure()) == ["eager", "fused", "memory"]
-    assert made.notes == {"parameters": "9 k"}
-    construction.case(construction.policy, 1.0, rounding=1e-4).check()
-    turns = iter([True, False])
-    with pytest.raises(AssertionError, match="fused differs from eager in"):
-        construction.case(lambda: nn.Linear(9, 9, bias=next(turns, True)), 1.0).check()
+@pytest.mark.parametrize("name", ["EMA copy", "ensemble of 8", "load_state_dict, assign=True"])
+def test_large_rows_agree_with_eager(load: Callable, name: str) -> None:
+    load("scope").ROWS[name]().check()
+
+
+def two(second: Callable[[], object]) -> Callable[[], object]:
+    """Return what makes one thing first, and what `second` returns the second time."""
+    turns = iter([lambda: [torch.zeros(9), torch.zeros(9)], second])
+    return lambda: next(turns)()
+
+
+def aliases() -> list[torch.Tensor]:
+    return [torch.zeros(9)] * 2
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        lambda: [torch.zeros(9), torch.ones(9)],
+        lambda: [torch.zeros(9), torch.zeros(9).fill_(0)],  # another version
+        lambda: [torch.zeros(9)],
+        lambda: [torch.zeros(9), torch.zeros(9), torch.zeros(9)],
+        lambda: [torch.zeros(9), torch.zeros(9, dtype=torch.int32)],
+        lambda: [torch.zeros(9), torch.rand(1).expand(9) * 0],  # another place in the sequence
+        aliases,
+    ],
+)
+@pytest.mark.parametrize("rounding", [0.0, 1e-4])
+def test_what_differs_is_found(load: Callable, second: Callable, rounding: float) -> None:
+    with pytest.raises(AssertionError):
+        load("beside").check(two(second), rounding)
+    load("beside").check(two(lambda: [torch.zeros(9), torch.zeros(9)]), rounding)
+
+
+def test_the_least_of_the_turns_counts(load: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside, harness = load("beside"), load("harness")
+    of_way = {
+        "eager": iter([(5.0, 9.0), (4.0, 10.0), (6.0, 11.0)]),
+        "fused": iter([(1.0, 2.0)] * 3),
+    }
+    monkeypatch.setattr(beside, "timed", lambda run, calls: beside.Figures(*next(of_way[run()])))
+    ways = {"eager": lambda: "eager", "fused": lambda: "fused"}
+    case = harness.Case(ways, (), 1.0, harness.unchecked)
+    assert beside.measure(case, 3, limit=60) == {"eager": (4.0, 9.0), "fused": (1.0, 2.0)}
+    of_way = {"eager": iter([(5.0, 9.0)]), "fused": iter([(1.0, 2.0)])}
+    assert beside.measure(case, 3, limit=0) == {"eager": (5.0, 9.0), "fused": (1.0, 2.0)}
+
+
+def test_scope_table(
+    load: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are wanted; why one is skipped; a difference is an error at the end."""
+    scope, harness = load("scope"), load("harness")
+
+    def lost() -> object:
+        raise ImportError("no such library")
+
+    ways = {"eager": lambda: None, "fused": lambda: None}
+    differing = partial(load("beside").check, two(aliases), 0.0)
+    wrong = harness.Case(ways, (), 1.0, differing)
+    right = harness.Case(ways, (), 1.0, harness.unchecked)
+    rows = {"right": lambda: right, "lost": lost, "wrong": lambda: wrong, "timm": lost}
+    monkeypatch.setattr(scope, "ROWS", rows)
+    monkeypatch.setattr("sys.argv", ["scope.py", "--quick"])
+    with pytest.raises(SystemExit, match="1"):
+        scope.main()
+    shown = capsys.readouterr().out.splitlines()[2:]
+    assert shown[0] == (
+        "| case | elements | eager | fused | memory | times as fast | by CPU time | asked |"
+    )
+    assert shown[2].startswith("| right |  | ")
+    assert shown[2].endswith(" | 1.0 |")
+    assert shown[3] == "| lost | skipped: no such library |  |  |  |  |  |  |"
+    assert shown[4].startswith("| wrong | differs: fused differs from eager in ")
+    assert len(shown) == 5  # a library's models are not quick
+
+
+@pytest.mark.slow
+def test_instructions_are_counted(
+    load: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the runs alone, not of what comes before."""
+    beside = load("beside")
+    try:
+        beside.counter()
+    except SystemExit:
+        pytest.skip("neither perf nor valgrind")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "way, times = sys.argv[-3], int(sys.argv[-1])\n"
+        "for _ in range(times * (30_000 if way == 'eager' else 10_000)): pass\n"
+    )
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    counted = {way: beside.instructions([str(program)], way) for way in ("eager", "fused")}
+    assert counted["eager"] / counted["fused"] == pytest.approx(3, rel=0.05)
 
 
 def test_a_difference_is_noticed(load: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
