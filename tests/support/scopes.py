@@ -93,7 +93,7 @@ class Cases(dict[str, Case]):
 
 
 @contextmanager
-def _full_of(byte: int) -> Iterator[None]:
+def full_of(byte: int) -> Iterator[None]:
     """Memory that malloc gives out is full of ~byte."""
     perturb = -6  # M_PERTURB of glibc
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -206,9 +206,9 @@ def compare(case: Case, variant: str = "inside", *, own: bool = False) -> Any:
         patch.setattr(fastinit.core.geometry, "MIN_NATIVE", how.smallest)
         # The first run finds out what is to be made, imports, compiles, and warns once.
         _, scout, *_ = _run(case, False, Variant(at=how.at), [], own)
-        with _full_of(_BYTES[0]):
+        with full_of(_BYTES[0]):
             eager, *kept = _run(case, False, how, scout.orders, own)
-        with _full_of(_BYTES[1]):
+        with full_of(_BYTES[1]):
             fused, scope, _, report = _run(case, True, how, scout.orders, own)
         what = f"{case.__name__}, {variant}"
         assert bool(eager["failure"]) == scout.raises, f"{what}: torch: {eager['failure']}"
