@@ -8,8 +8,12 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 #include <type_traits>
+#include <vector>
 
 namespace fastinit {
 namespace layout {
@@ -94,6 +98,15 @@ struct Code {
 };
 #define FI_CODE(Enum, name) \
   ::fastinit::Code { #name, static_cast<int>(Enum::name) }
+
+// The structs that are packed in some bytes, which may lie anywhere.
+template <class Struct>
+std::vector<Struct> unpacked(std::string_view packed) {
+  if (packed.size() % sizeof(Struct) != 0) throw std::invalid_argument("not a packed plan");
+  std::vector<Struct> all(packed.size() / sizeof(Struct));
+  if (!all.empty()) memcpy(all.data(), packed.data(), packed.size());
+  return all;
+}
 
 template <class Struct>
 std::string layout_of() {

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../unlocked.h"
 #include "surface.h"
 
 namespace py = pybind11;
@@ -34,32 +35,26 @@ bool python_interrupted() {
   return PyErr_CheckSignals() != 0;
 }
 
-Control control_of(int threads) { return {threads, python_interrupted}; }
+PyObject* main_thread = nullptr;  // threading.main_thread
 
-template <class Desc>
-std::vector<Desc> unpack(const py::bytes& packed) {
-  const std::string_view data = packed;
-  if (data.size() % sizeof(Desc) != 0) throw py::value_error("not a packed plan");
-  std::vector<Desc> all(data.size() / sizeof(Desc));
-  memcpy(all.data(), data.data(), data.size());
-  return all;
+// Only Python's main thread hears signals. Others do not ask: to take the lock may be their end.
+Control control_of(int threads) {
+  const auto main = py::reinterpret_borrow<py::object>(main_thread)().attr("ident");
+  const bool hears = main.cast<unsigned long>() == PyThread_get_thread_ident();
+  return {threads, hears ? python_interrupted : nullptr};
 }
 
 // Runs what gives false or 0 if it was interrupted: then a signal handler has raised.
 template <class Work>
-auto unlocked(const Work& work) {
-  decltype(work()) done;
-  {
-    py::gil_scoped_release unlocked;
-    done = work();
-  }
+auto interruptible(const Work& work) {
+  const auto done = unlocked(work);
   if (!done) throw py::error_already_set();
   return done;
 }
 
 void run_fills(const py::bytes& packed, const std::vector<uint64_t>& states,
                const std::vector<uint64_t>& words_drawn, int threads) {
-  const std::vector<FillDesc> fills = unpack<FillDesc>(packed);
+  const std::vector<FillDesc> fills = unpacked<FillDesc>(packed);
   std::vector<Source> sources(states.size());
   for (size_t i = 0; i < states.size(); ++i) {
     sources[i] = {reinterpret_cast<TorchState*>(states[i]), words_drawn.at(i)};
@@ -68,26 +63,27 @@ void run_fills(const py::bytes& packed, const std::vector<uint64_t>& states,
     if (d.source >= static_cast<int64_t>(sources.size())) throw py::value_error("no such source");
   }
   const Target& target = active_target();
-  unlocked([&] {
+  const Control control = control_of(threads);
+  interruptible([&] {
     return run_fill(target, fills.data(), static_cast<int64_t>(fills.size()), sources.data(),
-                    static_cast<int64_t>(sources.size()), control_of(threads));
+                    static_cast<int64_t>(sources.size()), control);
   });
 }
 
 uint64_t run_truncated(const py::bytes& packed, uint64_t state, int threads) {
-  const std::vector<FillDesc> fills = unpack<FillDesc>(packed);
+  const std::vector<FillDesc> fills = unpacked<FillDesc>(packed);
   if (fills.size() != 1) throw py::value_error("one fill expected");
   const Target& target = active_target();
-  return unlocked([&] {
-    return run_trunc(target, fills[0], reinterpret_cast<TorchState*>(state), control_of(threads));
-  });
+  const Control control = control_of(threads);
+  return interruptible(
+      [&] { return run_trunc(target, fills[0], reinterpret_cast<TorchState*>(state), control); });
 }
 
 // `written` gets one byte per matrix. Not all are if a signal handler raises.
 void run_matrices(const py::bytes& packed, const py::buffer& written, int threads) {
   const py::buffer_info done = written.request(true);
   std::vector<QrDesc> matrices;
-  for (QrDesc d : unpack<QrDesc>(packed)) {
+  for (QrDesc d : unpacked<QrDesc>(packed)) {
     const uint64_t items = static_cast<uint64_t>(d.rows) * static_cast<uint64_t>(d.cols);
     const uint64_t given = static_cast<uint64_t>(Shape(d).given(d.direct));
     for (int64_t left = std::exchange(d.count, 1); left > 0; --left) {
@@ -100,21 +96,22 @@ void run_matrices(const py::bytes& packed, const py::buffer& written, int thread
     throw py::value_error("one byte per matrix expected");
   }
   const Target& target = active_target();
-  unlocked([&] {
+  const Control control = control_of(threads);
+  interruptible([&] {
     return run_qr(target, matrices.data(), static_cast<int64_t>(matrices.size()),
-                  static_cast<char*>(done.ptr), control_of(threads));
+                  static_cast<char*>(done.ptr), control);
   });
 }
 
 void run_keyed_fills(const py::bytes& packed, int threads) {
-  const std::vector<KeyedDesc> fills = unpack<KeyedDesc>(packed);
+  const std::vector<KeyedDesc> fills = unpacked<KeyedDesc>(packed);
   for (const KeyedDesc& d : fills) {
     if (d.rank < 1 || d.rank > kMostDims) throw py::value_error("not a packed plan");
   }
   const Target& target = active_target();
-  unlocked([&] {
-    return run_keyed(target, fills.data(), static_cast<int64_t>(fills.size()), control_of(threads));
-  });
+  const Control control = control_of(threads);
+  interruptible(
+      [&] { return run_keyed(target, fills.data(), static_cast<int64_t>(fills.size()), control); });
 }
 
 void copy_advanced(uint64_t from, uint64_t to, uint64_t words) {
@@ -124,8 +121,10 @@ void copy_advanced(uint64_t from, uint64_t to, uint64_t words) {
   if (words < kQuick) {
     advance(target, state, words);
   } else {
-    py::gil_scoped_release unlocked;
-    advance(target, state, words);
+    unlocked([&] {
+      advance(target, state, words);
+      return true;
+    });
   }
 }
 
@@ -142,6 +141,8 @@ std::vector<std::pair<std::string, bool>> list_targets() {
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace fastinit;
+  main_thread =
+      py::module_::import("threading").attr("main_thread").cast<py::object>().release().ptr();
   m.doc() = "Fills of CPU memory with torch's numbers. Addresses are the caller's responsibility.";
   py::dict layouts, dtypes, ops;
   layouts["fill"] = layout_of<FillDesc>();

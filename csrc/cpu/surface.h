@@ -51,7 +51,7 @@ const Target* find_target(const char* name);  // "": the best one that runs here
 
 struct Control {
   int threads;
-  bool (*interrupted)();  // asked now and then by the calling thread
+  bool (*interrupted)();  // asked now and then by the calling thread; may be null
 };
 
 // One torch generator: its state, advanced by run_*, and the words the plan draws from it.

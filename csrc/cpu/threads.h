@@ -7,7 +7,6 @@
 #include <chrono>
 #include <exception>
 #include <functional>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -22,6 +21,14 @@ inline int worth_threads(double cost, const Control& control) {
   return std::max(1, std::min(control.threads, worth));
 }
 
+// Threads that are joined on every way out: a running one that is destroyed ends the process.
+struct Joined {
+  std::vector<std::thread> all;
+  ~Joined() {
+    for (std::thread& t : all) t.join();
+  }
+};
+
 // Runs body(0 ... threads - 1), body(0) on the calling thread, and passes an exception on. Threads
 // are made for each run: that costs some 50 us each and leaves nothing behind that a fork could
 // lose. Workers must not wait for each other: see Team in qr.h.
@@ -30,42 +37,44 @@ inline void parallel(int threads, const std::function<void(int)>& body) {
   const auto guarded = [&](int worker) {
     try {
       body(worker);
-    } catch (...) {
+    } catch (const std::exception&) {  // not `...`: the end of a thread may look like one
       errors[static_cast<size_t>(worker)] = std::current_exception();
     }
   };
-  std::vector<std::thread> others;
-  others.reserve(static_cast<size_t>(threads));
-  for (int i = 1; i < threads; ++i) {
+  {
+    Joined others;
+    int next = 1;
     try {
-      others.emplace_back(guarded, i);
-    } catch (const std::system_error&) {  // no more threads to be had: do their part here
-      for (int j = i; j < threads; ++j) guarded(j);
-      break;
+      others.all.reserve(static_cast<size_t>(threads));
+      for (; next < threads; ++next) others.all.emplace_back(guarded, next);
+    } catch (const std::exception&) {  // no more threads, or no memory for them
     }
+    guarded(0);
+    for (; next < threads; ++next) guarded(next);
   }
-  guarded(0);
-  for (std::thread& t : others) t.join();
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);
   }
 }
 
-// Lets the calling thread (worker 0) ask for interruption, and the others hear of it.
+// Lets the calling thread ask for interruption, whose work it does, and the others hear of it.
 class Interrupt {
  public:
-  explicit Interrupt(const Control& control) : control_(control) {}
-  bool raised(int worker) {
-    if (worker == 0 && !stop_ && std::chrono::steady_clock::now() - last_ > kPeriod) {
-      if (control_.interrupted()) stop_ = true;
+  explicit Interrupt(const Control& control) : ask_(control.interrupted) {}
+  bool raised() {
+    if (ask_ != nullptr && std::this_thread::get_id() == asker_ && !stop_ &&
+        std::chrono::steady_clock::now() - last_ > kPeriod) {
+      if (ask_()) stop_ = true;
       last_ = std::chrono::steady_clock::now();
     }
     return stop_;
   }
+  bool was_raised() const { return stop_; }
 
  private:
   static constexpr std::chrono::milliseconds kPeriod{50};
-  const Control& control_;
+  bool (*const ask_)();
+  const std::thread::id asker_ = std::this_thread::get_id();
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
   std::atomic<bool> stop_{false};
 };

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 
+#include "../unlocked.h"
 #include "device.h"
 
 namespace py = pybind11;
@@ -16,12 +17,8 @@ namespace {
 
 // Does what CUDA has a status of, which is raised if it is an error.
 template <class Work>
-void unlocked(const Work& work) {
-  Status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = work();
-  }
+void checked(const Work& work) {
+  const Status status = unlocked(work);
   if (status.code != 0) throw std::runtime_error(std::string("fastinit: CUDA: ") + status.message);
 }
 
@@ -39,7 +36,7 @@ void run_fill(const py::bytes& fills, uint64_t table, uint32_t count, uint32_t t
   args.tiles = tiles;
   memcpy(args.inlined, inlined.data(), inlined.size());
   memcpy(args.sources, from.data(), from.size());
-  unlocked([&] { return launch_fill(args, device, stream); });
+  checked([&] { return launch_fill(args, device, stream); });
 }
 
 void run_keyed(const py::bytes& fills, uint64_t table, uint32_t count, uint32_t tiles, int device,
@@ -54,7 +51,7 @@ void run_keyed(const py::bytes& fills, uint64_t table, uint32_t count, uint32_t 
   args.fills = count;
   args.tiles = tiles;
   memcpy(args.inlined, inlined.data(), inlined.size());
-  unlocked([&] { return launch_keyed(args, device, stream); });
+  checked([&] { return launch_keyed(args, device, stream); });
 }
 
 void run_qr(uint32_t step, const py::bytes& packed, uint32_t x, uint32_t y, uint32_t threads,
@@ -65,14 +62,14 @@ void run_qr(uint32_t step, const py::bytes& packed, uint32_t x, uint32_t y, uint
     throw py::value_error("not a packed launch");
   }
   memcpy(&args, from.data(), from.size());
-  unlocked([&] {
+  checked([&] {
     return launch_qr(static_cast<QrStep>(step), args, {x, y, threads, shared}, device, stream);
   });
 }
 
 int shared_of(int device) {
   int bytes = 0;
-  unlocked([&] { return most_shared(device, &bytes); });
+  checked([&] { return most_shared(device, &bytes); });
   return bytes;
 }
 

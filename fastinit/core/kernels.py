@@ -58,14 +58,18 @@ def packer(module: ModuleType | None, name: str, fields: str) -> struct.Struct:
 
 
 FAMILIES = ("run_fill", "run_keyed", "run_qr")  # what both modules do
+# What each has besides, all of which some of our files use.
+_ONLY_CPU = ("run_trunc", "advance", "jumps", "target", "targets", "KEYED_SIZE")
+_ONLY_CUDA = ("most_shared", "why_no_driver", "STEPS", "ARCHITECTURES")
 # The code of each dtype and operator in descriptors.
 DTYPES: dict[str, int] = getattr(_cpu, "DTYPES", {})
 OPS: dict[str, int] = getattr(_cpu, "OPS", {})
 for _module in (_cpu, _cuda):  # an old one has none
     agree(_module, "DTYPES", DTYPES, getattr(_module, "DTYPES", None))
     agree(_module, "OPS", OPS, getattr(_module, "OPS", None))
-    _built = tuple(name for name in FAMILIES if hasattr(_module, name))
-    agree(_module, "set of functions", FAMILIES, _built)
+    _needed = (*FAMILIES, "FILL_SIZE", "COMPILER", *(_ONLY_CPU if _module is _cpu else _ONLY_CUDA))
+    _built = tuple(name for name in _needed if hasattr(_module, name))
+    agree(_module, "set of names", _needed, _built)
 
 
 native_fills = 0  # how many fills the compiled modules have done in this process

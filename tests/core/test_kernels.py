@@ -64,6 +64,39 @@ def test_other_sources_are_refused(python: Python, module: object, change: str) 
     assert "pip install ." in said
 
 
+LACKING = """
+import ast, importlib, inspect, pathlib, sys, types
+import fastinit
+from fastinit.core import kernels
+
+real = getattr(fastinit, {name!r})
+stub = pathlib.Path(fastinit.__file__).with_name({name!r} + ".pyi").read_text()
+nodes = ast.parse(stub).body
+names = {n.name if isinstance(n, ast.FunctionDef) else n.target.id for n in nodes}
+assert len(names) > 8 and all(hasattr(real, n) for n in names), names
+for lacking in sorted(names):
+    fake = types.ModuleType(real.__name__)
+    fake.__dict__.update({k: v for k, v in vars(real).items() if k != lacking})
+    sys.modules[real.__name__] = fake
+    setattr(fastinit, {name!r}, fake)
+    try:
+        importlib.reload(kernels)
+        importlib.reload(importlib.import_module("fastinit." + {name!r}[1:] + ".fills"))
+    except ImportError as error:
+        assert "pip install ." in str(error), error
+    else:
+        raise SystemExit(f"imports without {lacking}")
+"""
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_a_module_lacks_nothing(python: Python, module: object) -> None:
+    """Whatever its .pyi names has to be there, or it is refused when it is imported."""
+    name = getattr(module, "__name__", "").rpartition(".")[2]
+    run = python(LACKING.replace("{name!r}", repr(name)))
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_texts_are_formats(module: object) -> None:
     """A layout has the size of its struct, and fastinit's own format is the same."""

@@ -164,7 +164,7 @@ bool run_fill(const Target& target, const FillDesc* fills, int64_t count, Source
       const uint64_t piece =
           std::max<uint64_t>(1, static_cast<uint64_t>(1e6 / item_cost(d)) / tile);
       for (; first < last; first = std::min(last, first + piece)) {
-        if (interrupt.raised(worker)) return;
+        if (interrupt.raised()) return;
         const uint64_t until = std::min(last, first + piece);
         const uint64_t begin = first * tile, end = until == tiles ? d.items : until * tile;
         Words* words = &unused;
@@ -180,7 +180,7 @@ bool run_fill(const Target& target, const FillDesc* fills, int64_t count, Source
       }
     }
   });
-  if (interrupt.raised(-1)) return false;
+  if (interrupt.was_raised()) return false;
 
   for (int64_t s = 0; s < source_count; ++s) {
     if (sources[s].words_drawn == 0) continue;
@@ -224,7 +224,7 @@ uint64_t run_trunc(const Target& target, const FillDesc& d, TorchState* state,
       const uint64_t begin = tile * kTileItems, end = until == tiles ? d.items : until * kTileItems;
       uint64_t left = 1;
       for (size_t round = 0; left != 0; ++round) {
-        if (interrupt.raised(worker)) return;
+        if (interrupt.raised()) return;
         if (round == rounds.size()) {  // from where the round before has got to, it is not far
           if (round == 0) {
             rounds.emplace_back(target);
@@ -237,7 +237,7 @@ uint64_t run_trunc(const Target& target, const FillDesc& d, TorchState* state,
       }
     }
   });
-  if (interrupt.raised(-1)) return 0;
+  if (interrupt.was_raised()) return 0;
   std::vector<Cursor>* longest = &cursors[0];
   for (auto& rounds : cursors) {
     if (rounds.size() >= longest->size()) longest = &rounds;

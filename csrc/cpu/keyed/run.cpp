@@ -82,13 +82,13 @@ bool run_keyed(const Target& target, const KeyedDesc* fills, int64_t count,
       };
       const uint64_t end = worker + 1 == threads ? d.items : cut(to);
       for (uint64_t begin = cut(from); begin < end; begin += kPiece) {
-        if (interrupt.raised(worker)) return;
+        if (interrupt.raised()) return;
         target.keyed(d, begin, std::min(end, begin + kPiece), large && !fresh[i]);
       }
       before += whole;
     }
   });
-  return !interrupt.raised(-1);
+  return !interrupt.was_raised();
 }
 
 }  // namespace fastinit

@@ -86,7 +86,7 @@ class Team {
   Team(int workers, Interrupt* interrupt) : workers_(workers), interrupt_(interrupt) {}
   int64_t claim() { return next_.fetch_add(1); }
   // Waits for all. False: the work is to be abandoned, by all of them.
-  bool barrier(int worker);
+  bool barrier();
 
  private:
   const int workers_;

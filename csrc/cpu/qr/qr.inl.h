@@ -25,7 +25,7 @@ class MatrixWork {
       return true;
     }
     read();
-    if (!team_.barrier(worker_)) return false;
+    if (!team_.barrier()) return false;
     return (d_.direct ? take_all() : factor_all()) && form() && write();
   }
 
@@ -85,7 +85,7 @@ class MatrixWork {
 
   bool factor_all() {
     if (worker_ == 0) find_block(0);
-    if (!team_.barrier(worker_)) return false;
+    if (!team_.barrier()) return false;
     for (int64_t b = 0; b + 1 < shape_.blocks; ++b) {
       const StripeBlock<T> own = block(b, false);
       const auto apply = [&](int64_t s) { own.apply_transposed(stripe(s, first(b) * S)); };
@@ -94,14 +94,14 @@ class MatrixWork {
         find_block(b + 1);
       }
       for (int64_t s; (s = last(b + 1) + team_.claim()) < shape_.stripes;) apply(s);
-      if (!team_.barrier(worker_)) return false;
+      if (!team_.barrier()) return false;
     }
     return true;
   }
 
   bool take_all() {
     for (int64_t b; (b = team_.claim()) < shape_.blocks;) find_block(b);
-    return team_.barrier(worker_);
+    return team_.barrier();
   }
 
   // Overwrites the reflectors by the factor, last block first.
@@ -113,7 +113,7 @@ class MatrixWork {
       for (int64_t q; (q = team_.claim()) < count;) {
         memcpy(own.v + q * own.stride, stripe(from + q, row), sizeof(T) * S * own.rows);
       }
-      if (!team_.barrier(worker_)) return false;
+      if (!team_.barrier()) return false;
       for (int64_t q; (q = team_.claim()) < shape_.stripes - from;) {
         T* const c = stripe(from + q, row);
         if (q < count) {
@@ -124,7 +124,7 @@ class MatrixWork {
           own.apply_projected(c);
         }
       }
-      if (!team_.barrier(worker_)) return false;
+      if (!team_.barrier()) return false;
     }
     return true;
   }
@@ -191,7 +191,7 @@ class MatrixWork {
 
   bool write() {
     as_dtype(d_.dtype, [&](auto dtype) { write_as<decltype(dtype)::value>(); });
-    return team_.barrier(worker_);
+    return team_.barrier();
   }
 
   // One column, x / |x|, needs neither stripes nor others to help.

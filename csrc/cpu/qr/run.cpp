@@ -73,8 +73,8 @@ void as_team(int threads, Interrupt* interrupt, const Body& body) {
 
 }  // namespace
 
-bool Team::barrier(int worker) {
-  if (interrupt_ != nullptr && interrupt_->raised(worker)) stop_ = true;
+bool Team::barrier() {
+  if (interrupt_ != nullptr && interrupt_->raised()) stop_ = true;
   const uint32_t phase = phase_;
   if (arrived_.fetch_add(1) + 1 == workers_) {
     arrived_ = 0;
@@ -113,16 +113,16 @@ bool run_qr(const Target& target, const QrDesc* matrices, int64_t count, char* d
   std::atomic<size_t> next{0};
   const int threads = std::min<int64_t>(worth_threads(cost / kRate, control), small.size());
   if (threads > 0) {
-    parallel(threads, [&](int worker) {
+    parallel(threads, [&](int) {
       const std::unique_ptr<void, Free> work = allocate(bytes);
-      for (size_t i; (i = next++) < small.size() && !interrupt.raised(worker);) {
+      for (size_t i; (i = next++) < small.size() && !interrupt.raised();) {
         Team alone(1, nullptr);
         target.qr(matrices[small[i]], work.get(), alone, 0);
         done[small[i]] = 1;
       }
     });
   }
-  if (interrupt.raised(-1)) return false;
+  if (interrupt.was_raised()) return false;
   for (const int64_t i : shared) {
     const QrDesc& d = matrices[i];
     const int most = worth_threads(cost_of(d) / kRate, control);
