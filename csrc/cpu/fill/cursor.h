@@ -9,10 +9,10 @@
 
 namespace fastinit {
 
-// Costs in nanoseconds, measured on Zen 4 with AVX-512; they only steer how work is divided.
+// Costs in nanoseconds, measured with AVX-512; they only steer how work is divided.
 constexpr double kSkipCost = 0.13;         // per word
-constexpr double kJumpCost = 230e3;        // apply a polynomial
-constexpr double kPolynomialCost = 700e3;  // compute one
+constexpr double kJumpCost = 140e3;        // apply a polynomial
+constexpr double kPolynomialCost = 700e3;  // compute one, of 2^23 words
 
 // Positions count from the first word of the state: a state with `left` words to go is at
 // 625 - left, also right after seeding, when left = 1 although nothing was drawn.
@@ -33,7 +33,7 @@ class Cursor {
       const double skip = static_cast<double>(position - w.base) * kSkipCost;
       if (skip < kJumpCost) break;
       const uint64_t distance = jump_distance(position - w.base);
-      if (!jump_is_cached(distance) && skip < kJumpCost + kPolynomialCost) break;
+      if (!jump_pays(distance, static_cast<double>(distance) * kSkipCost - kJumpCost)) break;
       target_.jump(w, *make_jump(distance));
     }
     if (position < w.position()) {
@@ -43,6 +43,14 @@ class Cursor {
     }
     return w;
   }
+
+  void follow(const Cursor& other) {
+    *words_ = *other.words_;
+    state_ = other.state_;
+  }
+
+  // Moves on by the jump's distance from the first word of the window, not from the last asked for.
+  void jump(const Jump& by) { target_.jump(*words_, by); }
 
   // Leaves the generator as torch does after its word `position` - 1: in the block of that word.
   void close(TorchState* state, uint64_t position) {

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstring>
 #include <list>
+#include <map>
 #include <mutex>
 #include <vector>
 
@@ -13,8 +14,9 @@ namespace fastinit {
 namespace {
 
 constexpr int kDegree = Jump::kDegree;
-constexpr int kWords = kDegree / 64 + 1;  // 312; bit i of the array is the coefficient of t^i
-constexpr size_t kCached = 64;            // 2.5 KB each
+constexpr int kWords = Jump::kWords;  // 312; bit i of the array is the coefficient of t^i
+constexpr size_t kCached = 64;        // 2.5 KB each
+constexpr double kSquareCost = 80e3;  // ns, of polynomials with more than one term
 
 // The exponents below 19937 of the characteristic polynomial, 134 of them (Matsumoto and Nishimura
 // 1998, section 3.2): with A = t^624 + t^397 and B = t^623 + t^396,
@@ -58,6 +60,7 @@ uint64_t spread(uint32_t v) {  // bit i -> bit 2i
 class Power {
  public:
   Power() : p_() { p_[0] = 1; }
+  explicit Power(const Jump& jump) { memcpy(p_, jump.term, sizeof p_); }
 
   void square() {
     uint64_t wide[2 * kWords + 4] = {};
@@ -116,6 +119,14 @@ class Power {
 std::atomic<uint64_t> made{0};
 std::mutex mutex;
 std::list<std::shared_ptr<const Jump>> cache;  // most recent first
+std::map<uint64_t, double> missed;             // what jumps that there are not would have saved
+
+std::shared_ptr<const Jump> keep(std::shared_ptr<const Jump> jump) {
+  std::lock_guard<std::mutex> lock(mutex);
+  cache.push_front(jump);
+  if (cache.size() > kCached) cache.pop_back();
+  return jump;
+}
 
 std::shared_ptr<const Jump> find(uint64_t distance) {
   std::lock_guard<std::mutex> lock(mutex);
@@ -131,7 +142,16 @@ std::shared_ptr<const Jump> find(uint64_t distance) {
 
 uint64_t jumps_made() { return made; }
 
-bool jump_is_cached(uint64_t distance) { return find(distance) != nullptr; }
+bool jump_pays(uint64_t distance, double saves) {
+  if (find(distance) != nullptr) return true;
+  double cost = 0;
+  for (uint64_t one_term = 1 << 14; one_term < distance; one_term *= 2) cost += kSquareCost;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (missed.size() >= 4 * kCached) missed.clear();
+  if ((missed[distance] += saves) < cost) return false;
+  missed.erase(distance);
+  return true;
+}
 
 std::shared_ptr<const Jump> make_jump(uint64_t distance) {
   ++made;
@@ -142,11 +162,16 @@ std::shared_ptr<const Jump> make_jump(uint64_t distance) {
     power.square();
     if ((distance - 1) >> bit & 1) power.times_t();
   }
-  auto jump = power.jump(distance);
-  std::lock_guard<std::mutex> lock(mutex);
-  cache.push_front(jump);
-  if (cache.size() > kCached) cache.pop_back();
-  return jump;
+  return keep(power.jump(distance));
+}
+
+std::shared_ptr<const Jump> make_double(const Jump& jump) {
+  ++made;
+  if (auto known = find(2 * jump.distance)) return known;
+  Power power(jump);  // t^(distance - 1), to t^(2 distance - 1)
+  power.square();
+  power.times_t();
+  return keep(power.jump(2 * jump.distance));
 }
 
 }  // namespace fastinit

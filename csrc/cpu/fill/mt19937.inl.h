@@ -92,45 +92,69 @@ struct Scratch {
 };
 
 // Moves the window's first word on by by.distance. The new state is a GF(2) combination of the
-// words that follow (jump.h): 624 sums of about 10,000 words each, a strip of them held in
+// words that follow (jump.h): 624 sums of about 10,000 words each. Sums of neighbours, x[i] +
+// x[i+1], x[i] + x[i+2] and all three, take three coefficients at a time, from one that is set on:
+// half as many additions. A chunk of the words is in the first-level cache, a strip of sums in
 // registers.
 void jump(Words& w, const Jump& by) {
-  constexpr uint32_t kStrip = 8 * kLanes;
+  constexpr uint32_t kStrip = 8 * kLanes, kChunk = 1024, kMost = kChunk / 3 + 1;
   constexpr uint32_t kSums = (Words::kState + kStrip - 1) / kStrip * kStrip;
-  const Scratch<uint32_t> ahead(1 + Jump::kDegree + kSums);  // 82 KB, too much for some stacks
-  const Scratch<uint16_t> exponent(Jump::kDegree);
-  uint32_t sums[kSums];
-  int32_t terms = 0;
-  for (int32_t i = 0; i < Jump::kDegree; ++i) {
-    exponent[terms] = static_cast<uint16_t>(i);
-    terms += by.term[i / 64] >> (i % 64) & 1;
-  }
+  constexpr uint32_t kSpan = kChunk + kSums, kSize = kSpan + kLanes;  // two words more are read
+  alignas(64) uint32_t x[4][kSize], sums[kSums] = {};
+  uint16_t place[kMost];  // in all of x
 
   const uint64_t target = w.base + by.distance;
-  w.pos = 0;
-  take_raw(w, ahead.p, 1 + Jump::kDegree + Words::kState);
-  for (uint32_t strip = 0; strip < Words::kState; strip += kStrip) {
-    U s0 = words(0), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
-    for (int32_t i = 0; i < terms; ++i) {
-      const uint32_t* x = ahead.p + 1 + strip + exponent[i];
-      s0 = s0 ^ load(x);
-      s1 = s1 ^ load(x + kLanes);
-      s2 = s2 ^ load(x + 2 * kLanes);
-      s3 = s3 ^ load(x + 3 * kLanes);
-      s4 = s4 ^ load(x + 4 * kLanes);
-      s5 = s5 ^ load(x + 5 * kLanes);
-      s6 = s6 ^ load(x + 6 * kLanes);
-      s7 = s7 ^ load(x + 7 * kLanes);
+  w.pos = 1;
+  take_raw(w, x[0] + kChunk, kSize - kChunk);
+  for (uint32_t chunk = 0, at = 0; chunk < Jump::kDegree; chunk += kChunk) {
+    memmove(x[0], x[0] + kChunk, 4 * (kSize - kChunk));
+    take_raw(w, x[0] + kSize - kChunk, kChunk);
+    for (uint32_t i = 0; i < kSpan; i += kLanes) {
+      const U one = load(x[0] + i), two = one ^ load(x[0] + i + 1), third = load(x[0] + i + 2);
+      store(x[1] + i, two);
+      store(x[2] + i, one ^ third);
+      store(x[3] + i, two ^ third);
     }
-    uint32_t* out = sums + strip;
-    store(out, s0);
-    store(out + kLanes, s1);
-    store(out + 2 * kLanes, s2);
-    store(out + 3 * kLanes, s3);
-    store(out + 4 * kLanes, s4);
-    store(out + 5 * kLanes, s5);
-    store(out + 6 * kLanes, s6);
-    store(out + 7 * kLanes, s7);
+    uint32_t count = 0;
+    while (at < chunk + kChunk && at < Jump::kDegree) {
+      const uint64_t here = by.term[at / 64] >> (at % 64);
+      if (here == 0) {
+        at = (at / 64 + 1) * 64;
+        continue;
+      }
+      at += static_cast<uint32_t>(__builtin_ctzll(here));
+      if (at >= chunk + kChunk) break;
+      const uint32_t shift = at % 64, next = at / 64 + 1;
+      uint64_t bits = by.term[at / 64] >> shift;
+      if (shift > 61 && next < Jump::kWords) bits |= by.term[next] << (64 - shift);
+      place[count++] = static_cast<uint16_t>((bits >> 1 & 3) * kSize + at - chunk);
+      at += 3;
+    }
+    for (uint32_t strip = 0; strip < Words::kState; strip += kStrip) {
+      uint32_t* out = sums + strip;
+      U s0 = load(out), s1 = load(out + kLanes), s2 = load(out + 2 * kLanes);
+      U s3 = load(out + 3 * kLanes), s4 = load(out + 4 * kLanes), s5 = load(out + 5 * kLanes);
+      U s6 = load(out + 6 * kLanes), s7 = load(out + 7 * kLanes);
+      for (uint32_t i = 0; i < count; ++i) {
+        const uint32_t* from = x[0] + strip + place[i];
+        s0 = s0 ^ load(from);
+        s1 = s1 ^ load(from + kLanes);
+        s2 = s2 ^ load(from + 2 * kLanes);
+        s3 = s3 ^ load(from + 3 * kLanes);
+        s4 = s4 ^ load(from + 4 * kLanes);
+        s5 = s5 ^ load(from + 5 * kLanes);
+        s6 = s6 ^ load(from + 6 * kLanes);
+        s7 = s7 ^ load(from + 7 * kLanes);
+      }
+      store(out, s0);
+      store(out + kLanes, s1);
+      store(out + 2 * kLanes, s2);
+      store(out + 3 * kLanes, s3);
+      store(out + 4 * kLanes, s4);
+      store(out + 5 * kLanes, s5);
+      store(out + 6 * kLanes, s6);
+      store(out + 7 * kLanes, s7);
+    }
   }
   memcpy(w.x, sums, 4 * Words::kState);
   w.base = target;

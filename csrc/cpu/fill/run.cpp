@@ -8,6 +8,7 @@
 
 #include "../surface.h"
 #include "cursor.h"
+#include "starts.h"
 #include "../pages.h"
 #include "../threads.h"
 
@@ -124,6 +125,51 @@ class Division {
   std::vector<double> before_;
 };
 
+// The first words that each worker needs, and those who find them together.
+class Beginnings {
+ public:
+  Beginnings(const Target& target, const FillDesc* fills, const std::vector<TilePlace>& places,
+             const Source* sources)
+      : of_(places.size()) {
+    std::vector<uint64_t> positions;
+    int64_t source = -1;
+    const auto finish = [&] {
+      if (positions.empty()) return;
+      starts_.emplace_back(new Starts(target, sources[source].state, std::move(positions)));
+      positions.clear();
+    };
+    for (size_t worker = 1; worker + 1 < places.size(); ++worker) {
+      TilePlace from = places[worker];
+      const TilePlace to = places[worker + 1];
+      while (from.fill < to.fill && fills[from.fill].source < 0) from = {from.fill + 1, 0};
+      if (from.fill == to.fill && from.tile >= to.tile) continue;  // nothing to do, or no words
+      const FillDesc& d = fills[from.fill];
+      if (d.source < 0) continue;
+      if (d.source != source) finish();
+      source = d.source;
+      of_[worker] = {source, starts_.size(), positions.size()};
+      positions.push_back(position_of(*sources[source].state) + d.first_word +
+                          words_before(d, from.tile * tile_of(d)));
+    }
+    finish();
+  }
+
+  void prepare(size_t worker, std::vector<Cursor>& cursors) {
+    const Place& p = of_[worker];
+    if (p.source >= 0) {
+      starts_[p.starts]->prepare(p.index, cursors[static_cast<size_t>(p.source % kCursors)]);
+    }
+  }
+
+ private:
+  struct Place {
+    int64_t source = -1;
+    size_t starts = 0, index = 0;
+  };
+  std::vector<Place> of_;
+  std::vector<std::unique_ptr<Starts>> starts_;
+};
+
 }  // namespace
 
 bool run_fill(const Target& target, const FillDesc* fills, int64_t count, Source* sources,
@@ -151,9 +197,11 @@ bool run_fill(const Target& target, const FillDesc* fills, int64_t count, Source
   for (auto& own : cursors) {
     for (int64_t s = 0; s < std::min(source_count, kCursors); ++s) own.emplace_back(target);
   }
+  Beginnings beginnings(target, fills, places, sources);
   parallel(threads, [&](int worker) {
     Words unused;
     unused.pos = unused.end = 0;
+    beginnings.prepare(static_cast<size_t>(worker), cursors[worker]);
     const TilePlace from = places[worker], to = places[worker + 1];
     for (int64_t f = from.fill; f <= to.fill && f < count; ++f) {
       const FillDesc& d = fills[f];
@@ -213,24 +261,29 @@ uint64_t run_trunc(const Target& target, const FillDesc& d, TorchState* state,
   const uint64_t tiles = tiles_of(d), start = position_of(*state) + d.first_word;
   const int threads = worth_threads(2.5 * item_cost(d) * static_cast<double>(d.items), control);
 
+  const auto first_tile = [&](int worker) { return tiles * worker / threads; };
+  std::vector<uint64_t> positions;
+  for (int worker = 1; worker < threads; ++worker) {
+    positions.push_back(start + first_tile(worker) * kTileItems * per_item);
+  }
+  Starts starts(target, state, std::move(positions));
+
   Interrupt interrupt(control);
   std::vector<std::vector<Cursor>> cursors(static_cast<size_t>(threads));
   parallel(threads, [&](int worker) {
     std::vector<Cursor>& rounds = cursors[worker];
+    rounds.emplace_back(target);
+    if (worker > 0) starts.prepare(static_cast<uint64_t>(worker - 1), rounds[0]);
     std::vector<uint16_t> pending((kChunk + 2) * kTileItems / 16);
-    const uint64_t stop = tiles * (worker + 1) / threads;
-    for (uint64_t tile = tiles * worker / threads; tile < stop; tile += kChunk) {
+    const uint64_t stop = first_tile(worker + 1);
+    for (uint64_t tile = first_tile(worker); tile < stop; tile += kChunk) {
       const uint64_t until = std::min(stop, tile + kChunk);
       const uint64_t begin = tile * kTileItems, end = until == tiles ? d.items : until * kTileItems;
       uint64_t left = 1;
       for (size_t round = 0; left != 0; ++round) {
         if (interrupt.raised()) return;
         if (round == rounds.size()) {  // from where the round before has got to, it is not far
-          if (round == 0) {
-            rounds.emplace_back(target);
-          } else {
-            rounds.push_back(Cursor(rounds[round - 1]));
-          }
+          rounds.push_back(Cursor(rounds[round - 1]));
         }
         Words& w = rounds[round].at(state, start + round * round_words + begin * per_item);
         left = target.trunc(d, w, begin, end, pending.data(), round == 0);
