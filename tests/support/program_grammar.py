@@ -89,7 +89,8 @@ WORDS: dict[str, Sequence[str]] = {
     ),
 }
 
-# Statements, by what they are about, with how often that is.
+# Statements, by what they are about, with how often that is. ` ;; ` stands between statements; `it`
+# is the name that was drawn last, `same` the one that is bound.
 STATEMENTS: dict[str, tuple[int, str]] = {
     "make": (
         12,
@@ -146,6 +147,7 @@ STATEMENTS: dict[str, tuple[int, str]] = {
         {T} = {e}.clone(){out}
         {T} = {e} + {e}
         torch.mul({t}, {x}, out={it})
+        into({t}, {e}, {x})
         {T} = torch.where({e} > 0, {e}, {x})
         """,
     ),
@@ -294,6 +296,31 @@ STATEMENTS: dict[str, tuple[int, str]] = {
         g = torch.Generator().manual_seed({k})
         {S} = g.clone_state().get_state()
         torch.empty({k}).normal_({low}, 1.0{gen})
+        """,
+    ),
+    "idiom": (
+        9,
+        """
+        {T} = torch.empty({shape}{dtype}) ;; {same}.{fill} ;; {same}.{chain} ;; {same}.{chain}
+        {t}.{fill} ;; {it}[{k}:].{fill} ;; {it}.{chain} ;; note({it})
+        {t}.{fill} ;; {T} = {it}.to(torch.{to}) ;; {it}.{chain}
+        {t}.{fill} ;; {T} = {it}{out} ;; {it}.{chain}
+        {t}.{fill} ;; {T} = {it}.detach() ;; {it}.{fill} ;; {same}.{chain}
+        {t}.{fill} ;; note(torch.tensor([{it}.view(-1)[{k}], 1.0]))
+        {t}.{chain} ;; {it}.{chain} ;; note({it}.tolist())
+        {T} = {t}.clone() ;; {it}.{fill} ;; note({same})
+        {T} = {t}{out} ;; {it}.{fill} ;; {same}.{chain}
+        {t}.{fill} ;; {it}[{k}:].copy_({it}[: len({it}) - {k}].clone())
+        {t}.{fill} ;; {it}[..., :4].copy_(torch.ones(4)) ;; {it}.{chain}
+        {A} = {t}.detach().numpy() ;; {it}.{fill} ;; note({same}.copy())
+        {A} = {t}.detach().numpy() ;; {it}.data.{chain} ;; note({same}.copy())
+        {T} = torch.from_dlpack({t}.detach()) ;; {it}.{fill} ;; note({same}.sum())
+        {P} = address({t}) ;; {it}.{fill} ;; note({same}.read())
+        {P} = address({t}) ;; {it}.data.{chain} ;; note({same}.read())
+        {L} = Later(lambda: note({t}.sum())) ;; {it}.{fill} ;; {same}.go()
+        {L} = Later(lambda: {t}.data.{fill}) ;; {same}.go() ;; note({it}.sum())
+        {t}.{fill} ;; into({t}, {it}, {x}) ;; {it}.{chain}
+        {T} = torch.empty({shape}).{fill}.resize_({shape}) ;; {same}.{chain}
         """,
     ),
     "die": (4, "del {t}\n{T} = None\ndel {t}, {t}\n{M} = nn.Identity()\ndel {a}\ndel {m}"),

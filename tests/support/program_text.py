@@ -88,14 +88,14 @@ class Writer:
     random: random.Random = field(default_factory=random.Random)
     bound: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in NAMES})
 
-    def statement(self) -> list[str]:
-        """Return the lines of a statement whose names are bound, most probably."""
+    def statements(self) -> list[str]:
+        """Return statements whose names are bound, most probably."""
         while True:
             weights = [weight for weight, _ in STATEMENTS.values()]
             texts = self.random.choices(list(STATEMENTS), weights)
             lines = STATEMENTS[texts[0]][1].strip().split("\n")
             try:
-                return [self.filled(self.random.choice(lines).strip())]
+                return self.filled(self.random.choice(lines).strip()).split(" ;; ")
             except LookupError:  # needs a name that is not bound
                 continue
 
@@ -112,6 +112,8 @@ class Writer:
                 return self.shape() if kind == "shape" else self.width()
             if kind == "it":
                 return last
+            if kind == "same":
+                return targets[0][1]
             if kind.isupper():
                 name = f"{kind.lower()}{self.random.randrange(NAMES[kind.lower()])}"
                 targets.append((kind.lower(), name))
@@ -185,7 +187,7 @@ def program_of(seeds: Sequence[int]) -> list[Statement]:
                 lines = writer.filled(opening).split("\n")
                 made.append(Statement(lines, some(writer.random.choice((1, 2, 5, 9)), depth + 1)))
             else:
-                made.append(Statement(writer.statement()))
+                made.extend(Statement([line]) for line in writer.statements())
         return made
 
     program = [Statement(["torch.manual_seed(1)"]), *some(before, 2)]

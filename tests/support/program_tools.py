@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ from tests.support.modes import DispatchLog, FunctionLog
 __all__ = [
     "Address", "DispatchLog", "FunctionLog", "Hundredths", "Later", "Table", "address",
     "changed_memory", "constant_", "contextlib", "copy", "default_dtype", "fastinit", "in_pool",
-    "in_thread", "kaiming_uniform_", "logged", "math", "nn", "normal_", "np", "parameter", "peek",
-    "pickle", "saved", "torch", "trunc_normal_", "uniform_", "width", "zeros_",
+    "in_thread", "into", "kaiming_uniform_", "logged", "math", "nn", "normal_", "np", "parameter",
+    "peek", "pickle", "saved", "torch", "trunc_normal_", "uniform_", "width", "zeros_",
 ]  # fmt: skip
 
 
@@ -80,14 +80,14 @@ class Address:
 
 
 def address(t: torch.Tensor) -> Address:
-    if t.is_meta or t.layout != torch.strided:
+    if t.is_meta or t.layout != torch.strided or t.numel() == 0:
         raise TypeError("no address")
     return Address(t)
 
 
 def peek(t: torch.Tensor) -> bytes:
     """Return what is at a tensor's address."""
-    if t.is_meta or not t.is_contiguous():
+    if t.is_meta or not t.is_contiguous() or t.numel() == 0:
         raise TypeError("no address")
     return ctypes.string_at(t.data_ptr(), t.numel() * t.element_size())
 
@@ -109,6 +109,13 @@ def changed_memory(t: torch.Tensor) -> torch.Tensor:
     storage.resize_(nbytes)
     storage.fill_(0)
     return t
+
+
+def into(out: torch.Tensor, t: torch.Tensor, x: Any) -> None:
+    """Multiply into a tensor that is there; another shape would change its memory."""
+    if out.shape != t.shape:
+        raise ValueError("another shape")
+    torch.mul(t, x, out=out)
 
 
 # ---- contexts, threads ---------------------------------------------------------------------------
@@ -148,11 +155,20 @@ def logged(mode: Any, note: Callable[[Any], None]) -> Iterator[None]:
         note([x for x in seen if not functions or re.search(r"[a-z]_$", x[0])])
 
 
+def _begin_thread() -> None:
+    """Make torch use as many threads for linear algebra as it is told to.
+
+    In a new thread it does only after the first operator that asks, which a scope may do sooner.
+    """
+    torch.get_num_threads()
+
+
 def in_thread(body: Callable[[], None]) -> None:
     """Run a function in a thread of its own until it ends, and raise what it raises."""
     errors: list[BaseException] = []
 
     def guarded() -> None:
+        _begin_thread()
         try:
             body()
         except BaseException as error:
@@ -166,18 +182,25 @@ def in_thread(body: Callable[[], None]) -> None:
 
 
 def in_pool(pool: ThreadPoolExecutor) -> Callable[[Callable[[], None]], None]:
-    return lambda body: pool.submit(body).result()
+    def run(body: Callable[[], None]) -> None:
+        pool.submit(lambda: (_begin_thread(), body())).result()
+
+    return run
 
 
 class Later:
     """A thread that starts now, and does something when it is told to."""
 
+    waiting: ClassVar[list[Later]] = []
+
     def __init__(self, what: Callable[[], Any]) -> None:
+        self.waiting.append(self)
         self._what, self._told = what, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
+        _begin_thread()
         self._told.wait()
         try:
             self._what()
@@ -187,3 +210,11 @@ class Later:
     def go(self) -> None:
         self._told.set()
         self._thread.join()
+
+    @classmethod
+    def end_all(cls) -> None:
+        """Let those end that were not told."""
+        while cls.waiting:
+            later = cls.waiting.pop()
+            later._what = lambda: None
+            later.go()

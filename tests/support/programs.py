@@ -8,6 +8,7 @@ smallest form, as a script to run; `--write FOLDER` puts the scripts there.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import random
 import re
 import subprocess
@@ -112,7 +113,7 @@ def run(text: str, block: Callable[[], Any]) -> Seen:
     notes: list[Any] = []
     look = Look()
     names = {name: getattr(program_tools, name) for name in program_tools.__all__}
-    pool = ThreadPoolExecutor(1)
+    pool = ThreadPoolExecutor(8)  # more than bodies can be nested
     warn_always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
     exec(compile(text, "<program>", "exec"), names)
@@ -131,6 +132,7 @@ def run(text: str, block: Callable[[], Any]) -> Seen:
             look.seen["default generator"] = torch.get_rng_state().numpy().tobytes()
     finally:
         torch.set_warn_always(warn_always)
+        program_tools.Later.end_all()
     look.seen["modes"] = (
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
         torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack(),
@@ -265,6 +267,7 @@ def _run_range(first: int, count: int, folder: Path | None, verbose: bool) -> in
     for seed in range(first, first + count):
         if verbose:
             print(seed, flush=True)
+        faulthandler.dump_traceback_later(300, exit=True)  # does not come to an end
         found = check(program_of(seeds_of(seed)), totals)
         if found is not None:
             failures += 1
