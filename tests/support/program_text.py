@@ -8,30 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tests.support.program_grammar import LARGE, NAMES, ODD, SMALL, STATEMENTS, WORDS
-
-# What has a body: its first lines, of which the last opens it.
-BODIES: tuple[tuple[int, str], ...] = (
-    (8, "with caught, torch.no_grad():"),
-    (2, "with caught, torch.inference_mode():"),
-    (1, "with caught, torch.inference_mode(False):"),
-    (1, "with caught, torch.enable_grad():"),
-    (4, "with caught, block():"),
-    (2, "with caught, torch.random.fork_rng():"),
-    (2, "with caught, torch.device('meta'):"),
-    (1, "with caught, torch.device('cpu'):"),
-    (2, "with caught, default_dtype(torch.{to}):"),
-    (1, "with caught, logged(DispatchLog(), note):"),
-    (1, "with caught, logged(FunctionLog(), note):"),
-    (1, "with caught, Hundredths():"),
-    (1, "with caught, torch.nn.utils.parametrize.cached():"),
-    (1, "with caught, torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):"),
-    (3, "with caught:"),
-    (1, "with caught:\n    for _ in range(2):"),
-    (2, "with caught:\n    @in_thread\n    def body():"),
-    (1, "with caught:\n    @in_pool(pool)\n    def body():"),
-    (1, "with caught:\n    @lambda body: body()\n    @block()\n    def body():"),
-)
+from tests.support.program_grammar import BODIES, STATEMENTS
+from tests.support.program_words import LARGE, NAMES, ODD, SMALL, WORDS
 
 
 @dataclass

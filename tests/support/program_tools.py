@@ -6,11 +6,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import functools
 import io
 import math
 import pickle
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
@@ -27,8 +29,8 @@ from tests.support.modes import DispatchLog, FunctionLog
 __all__ = [
     "Address", "DispatchLog", "FunctionLog", "Hundredths", "Later", "Table", "address",
     "changed_memory", "constant_", "contextlib", "copy", "default_dtype", "fastinit", "in_pool",
-    "in_thread", "into", "kaiming_uniform_", "logged", "math", "nn", "normal_", "np", "parameter",
-    "peek", "pickle", "saved", "torch", "trunc_normal_", "uniform_", "width", "zeros_",
+    "in_thread", "into", "kaiming_uniform_", "listed", "logged", "math", "nn", "normal_", "np",
+    "parameter", "peek", "pickle", "saved", "torch", "trunc_normal_", "uniform_", "width", "zeros_",
 ]  # fmt: skip
 
 
@@ -109,6 +111,23 @@ def changed_memory(t: torch.Tensor) -> torch.Tensor:
     storage.resize_(nbytes)
     storage.fill_(0)
     return t
+
+
+@functools.cache
+def _script() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        return torch.jit.script(_listed)
+
+
+def _listed(x: torch.Tensor):
+    values: list[float] = x.tolist()
+    return values
+
+
+def listed(t: torch.Tensor) -> list[float]:
+    """Return the values of a vector of float32 as TorchScript reads them."""
+    return _script()(t.detach().float().view(-1))
 
 
 def into(out: torch.Tensor, t: torch.Tensor, x: Any) -> None:

@@ -36,18 +36,34 @@ _BYTE = 0x33  # memory that nobody wrote is full of its complement, in all runs
 _LENGTH = (44, 80)  # statements
 
 
+class _Notes:
+    """What a program notes, by the line that does, so that one difference is not many."""
+
+    def __init__(self) -> None:
+        self.seen: Seen = {}
+
+    def add(self, line: int, x: Any) -> None:
+        times = sum(key.startswith(f"line {line},") for key in self.seen)
+        self.seen[f"line {line}, {times}"] = x
+
+    def note(self, x: Any) -> None:
+        self.add(sys._getframe(1).f_lineno, copied(x))
+
+
 class _Caught:
     """Notes an exception and goes on."""
 
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self._note = note
+    def __init__(self, notes: _Notes) -> None:
+        self._notes = notes
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> bool:
         if kind is None or not issubclass(kind, Exception):
             return False
-        self._note(f"{kind.__name__}: " + re.sub(r"0x[0-9a-f]+", "0x", str(error)))
+        message = str(error).partition("\nException raised from ")[0]  # a trace of torch's C++
+        message = re.sub(r"0x[0-9a-f]+", "0x", message)
+        self._notes.add(sys._getframe(1).f_lineno, f"{kind.__name__}: {message}")
         return True
 
 
@@ -110,21 +126,19 @@ class Totals:
 
 def run(text: str, block: Callable[[], Any]) -> Seen:
     """Return all that a program noted, and that can be reached when it is over."""
-    notes: list[Any] = []
-    look = Look()
+    notes, look = _Notes(), Look()
     names = {name: getattr(program_tools, name) for name in program_tools.__all__}
     pool = ThreadPoolExecutor(8)  # more than bodies can be nested
     warn_always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
+    orthogonal = fastinit.set_orthogonal("torch")  # otherwise its matrices are not torch's bits
     exec(compile(text, "<program>", "exec"), names)
     try:
         with full_of(_BYTE), warnings.catch_warnings(record=True) as warned, pool:
             warnings.simplefilter("always")
             torch.manual_seed(0)
             generator = torch.Generator().manual_seed(1)
-            caught = _Caught(lambda text: notes.append(text))
-            program = names["program"]
-            left = program(block, lambda x: notes.append(copied(x)), caught, pool, generator)
+            left = names["program"](block, notes.note, _Caught(notes), pool, generator)
             keep = ("block", "note", "caught", "pool", "body")
             for name in sorted(left.keys() - set(keep) - {"g"}):
                 look.at(name, left[name])
@@ -132,14 +146,14 @@ def run(text: str, block: Callable[[], Any]) -> Seen:
             look.seen["default generator"] = torch.get_rng_state().numpy().tobytes()
     finally:
         torch.set_warn_always(warn_always)
+        fastinit.set_orthogonal(orthogonal)
         program_tools.Later.end_all()
     look.seen["modes"] = (
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
         torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack(),
         nn.init.normal_.__module__,
     )  # fmt: skip
-    look.seen.update({f"note {i}": note for i, note in enumerate(notes)})
-    look.seen["notes"] = len(notes)
+    look.seen.update(notes.seen)
     look.seen["warnings"] = [(w.category.__name__, str(w.message)) for w in warned]
     return look.seen
 
@@ -148,10 +162,10 @@ def differing(a: Seen, b: Seen) -> list[str]:
     return [key for key in {**a, **b} if key not in a or key not in b or a[key] != b[key]]
 
 
-def differences(text: str, totals: Totals) -> list[str]:
+def differences(text: str, totals: Totals, block: Callable[[], Any] | None = None) -> list[str]:
     """Return where a program sees fused(), beyond what any dispatch mode of torch changes."""
     eager = run(text, Eagerly)
-    fused = run(text, totals.scope())
+    fused = run(text, block or totals.scope())
     found = differing(eager, fused)
     totals.add_reports()
     if not found:
@@ -244,13 +258,15 @@ def main_of(text: str) -> None:
     sys.exit(bool(left))
 
 
-def check(program: list[Statement], totals: Totals) -> str | None:
+def check(
+    program: list[Statement], totals: Totals, block: Callable[[], Any] | None = None
+) -> str | None:
     """Return None, or the script of the smallest form of a program that differs."""
-    if not differences(text_of(program), totals):
+    if not differences(text_of(program), totals, block):
         return None
     ignored = Totals()
-    program = smallest(program, lambda p: bool(differences(text_of(p), ignored)))
-    return script(program, differences(text_of(program), ignored))
+    program = smallest(program, lambda p: bool(differences(text_of(p), ignored, block)))
+    return script(program, differences(text_of(program), ignored, block))
 
 
 # ---- many programs -------------------------------------------------------------------------------
@@ -268,7 +284,10 @@ def _run_range(first: int, count: int, folder: Path | None, verbose: bool) -> in
         if verbose:
             print(seed, flush=True)
         faulthandler.dump_traceback_later(300, exit=True)  # does not come to an end
+        unstable = totals.counts["that differ from run to run"]
         found = check(program_of(seeds_of(seed)), totals)
+        if totals.counts["that differ from run to run"] != unstable:
+            print(f"---- seed {seed} differs from run to run", flush=True)
         if found is not None:
             failures += 1
             print(f"---- seed {seed} differs:\n{found}", flush=True)
