@@ -96,6 +96,19 @@ template <bool kStream>
 FI_INLINE void put_f16(uint16_t* p, F low, F high) {
   put<kStream>(p, _mm256_set_m128i(_mm256_cvtps_ph(high, 0), _mm256_cvtps_ph(low, 0)));
 }
+// The lanes whose bits are set, at the front; whether that is an instruction.
+constexpr bool kSqueezes = false;
+FI_INLINE U squeezed(U v, uint32_t which) {
+  uint32_t from[kLanes], to[kLanes] = {};
+  store(from, v);
+  for (uint32_t* p = to; which != 0; which &= which - 1) *p++ = from[__builtin_ctz(which)];
+  return load(to);
+}
+// Those of up to 32 values whose bits are set.
+template <class T>
+FI_INLINE void put_where(T* p, const T* values, uint32_t which) {
+  for (; which != 0; which &= which - 1) p[__builtin_ctz(which)] = values[__builtin_ctz(which)];
+}
 FI_INLINE void fence() { _mm_sfence(); }
 
 // One step of pairs.

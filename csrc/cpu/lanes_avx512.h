@@ -100,6 +100,29 @@ FI_INLINE void put_f16(uint16_t* p, F low, F high) {
   const U l = _mm512_castsi256_si512(_mm512_cvtps_ph(low, 0));
   put<kStream>(p, _mm512_inserti64x4(l, _mm512_cvtps_ph(high, 0), 1));
 }
+// The lanes whose bits are set, at the front; whether that is an instruction.
+constexpr bool kSqueezes = true;
+FI_INLINE U squeezed(U v, uint32_t which) {
+  return _mm512_maskz_compress_epi32((__mmask16)which, v);
+}
+// Those of up to 32 values whose bits are set.
+template <class T>
+FI_INLINE void put_where(T* p, const T* values, uint32_t which) {
+  if (sizeof(T) == 2) {
+    _mm512_mask_storeu_epi16(p, which, _mm512_maskz_loadu_epi16(which, values));
+    return;
+  }
+  constexpr uint32_t kAtOnce = 64 / sizeof(T);
+  for (; which != 0; which = kAtOnce < 32 ? which >> kAtOnce : 0, p += kAtOnce, values += kAtOnce) {
+    if (sizeof(T) == 4) {
+      const __mmask16 some = (__mmask16)which;
+      _mm512_mask_storeu_ps(p, some, _mm512_maskz_loadu_ps(some, values));
+    } else {
+      const __mmask8 some = (__mmask8)which;
+      _mm512_mask_storeu_pd(p, some, _mm512_maskz_loadu_pd(some, values));
+    }
+  }
+}
 FI_INLINE void fence() { _mm_sfence(); }
 
 // One step of pairs: two groups of 16 words side by side.

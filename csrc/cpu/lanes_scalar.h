@@ -108,6 +108,14 @@ FI_INLINE void put_f16(uint16_t* p, F low, F high) {
   p[0] = code_f16(low);
   p[kPairs] = code_f16(high);
 }
+// The lanes whose bits are set, at the front; whether that is an instruction.
+constexpr bool kSqueezes = false;
+FI_INLINE U squeezed(U v, uint32_t) { return v; }
+// Those of up to 32 values whose bits are set.
+template <class T>
+FI_INLINE void put_where(T* p, const T* values, uint32_t which) {
+  for (; which != 0; which &= which - 1) p[__builtin_ctz(which)] = values[__builtin_ctz(which)];
+}
 FI_INLINE void fence() {}
 
 // One step of pairs: torch's groups of 16 words hold 8 first and 8 second members.

@@ -37,9 +37,9 @@ struct Target {
                double* cached);
   // One round of trunc_normal_ on items [begin, end): the first writes all of them and marks in
   // `pending` (one bit per item) those outside the bounds, later ones rewrite marked items.
-  // Returns how many are still pending.
+  // Returns how many are still pending, of which the next round is told; 0: it is the first.
   uint64_t (*trunc)(const FillDesc&, Words& words, uint64_t begin, uint64_t end, uint16_t* pending,
-                    bool first_round);
+                    uint64_t waiting);
   // As one of the team that works on a matrix. False: abandoned.
   bool (*qr)(const QrDesc&, void* work, Team&, int worker);
   // Writes items [begin, end) of a keyed fill.

@@ -279,14 +279,14 @@ uint64_t run_trunc(const Target& target, const FillDesc& d, TorchState* state,
     for (uint64_t tile = first_tile(worker); tile < stop; tile += kChunk) {
       const uint64_t until = std::min(stop, tile + kChunk);
       const uint64_t begin = tile * kTileItems, end = until == tiles ? d.items : until * kTileItems;
-      uint64_t left = 1;
-      for (size_t round = 0; left != 0; ++round) {
+      uint64_t left = 0;
+      for (size_t round = 0; round == 0 || left != 0; ++round) {
         if (interrupt.raised()) return;
         if (round == rounds.size()) {  // from where the round before has got to, it is not far
           rounds.push_back(Cursor(rounds[round - 1]));
         }
         Words& w = rounds[round].at(state, start + round * round_words + begin * per_item);
-        left = target.trunc(d, w, begin, end, pending.data(), round == 0);
+        left = target.trunc(d, w, begin, end, pending.data(), left);
       }
     }
   });

@@ -170,6 +170,8 @@ template <Dtype dtype>
 struct Normal {
   using T = typename Element<dtype>::T;
   static constexpr uint32_t kItems = 2 * kPairs, kStepWords = 2 * kPairs;
+  // Elements that cost as much as one that is picked out.
+  static constexpr uint32_t kAllWorth = kSqueezes ? 200 : 40;
   F mean, std, lo, hi;
 
   explicit Normal(const FillDesc& d)
@@ -181,6 +183,11 @@ struct Normal {
   FI_INLINE void pairs(const uint32_t* x, F& low, F& high) const {
     U a, b;
     load_pairs(x, a, b);
+    of(a, b, low, high);
+    join_pairs(low, high);
+  }
+
+  FI_INLINE void of(U a, U b, F& low, F& high) const {
     const U mask = words(0x00ffffffu);
     // With k of 24 bits: 1 - k / 2^24 is exact, and 2 pi * (k / 2^24) rounds as (2 pi / 2^24) * k.
     const F u1 = fnma(to_float(temper(a) & mask), floats(kUnit24), floats(1.0f));
@@ -191,7 +198,6 @@ struct Normal {
     sin_cos(angle, theta, sin, cos);
     low = fma(radius * cos, std, mean);
     high = fma(radius * sin, std, mean);
-    join_pairs(low, high);
   }
 
   template <bool kStream>
@@ -223,6 +229,7 @@ template <Dtype dtype, class R>  // R: the type torch computes in
 struct NormalLibm {
   using T = typename Element<dtype>::T;
   static constexpr uint32_t kItems = 16, kStepWords = 16 * sizeof(R) / 4;
+  static constexpr uint32_t kAllWorth = 4;  // as above
   R mean, std;
   double lo, hi;
 
