@@ -181,12 +181,12 @@ def counter() -> tuple[tuple[str, ...], str]:
     raise SystemExit("neither perf nor valgrind counts instructions here")
 
 
-def instructions(row: list[str], way: str) -> float:
-    """Return those of one more run, in millions."""
+def instructions(row: list[str], way: str, few: int = 2, more: int = 4) -> float:
+    """Return those of one more run, in millions: by what `more` runs retire beyond `few`."""
     command, pattern = counter()
     counts = []
-    for times in (2, 4):
+    for times in (few, more):
         found = re.search(pattern, in_process(row, way, times, command), re.MULTILINE)
         assert found is not None
         counts.append(int(found.group(1)))
-    return (counts[1] - counts[0]) / 2e6
+    return (counts[1] - counts[0]) / (more - few) / 1e6

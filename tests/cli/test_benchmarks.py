@@ -152,6 +152,36 @@ def test_scope_table(
     assert len(shown) == 5  # a library's models are not quick
 
 
+def test_table_of_threads(
+    load: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the first number of threads; only the first run of a process."""
+    threads = load("threads")
+    asked = []
+
+    def instructions(row: list[str], way: str, few: int, more: int) -> float:
+        asked.append((row[1:], way, few, more))
+        return 100.0 + int(way)
+
+    monkeypatch.setattr(threads, "instructions", instructions)
+    monkeypatch.setattr("sys.argv", ["threads.py", "uniform", "--threads", "2", "4"])
+    threads.main()
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| millions of instructions | 2 threads | 4 threads |",
+        "| --- | --- | --- |",
+        "| uniform_ 2^28 | 102 (+0.0%) | 104 (+2.0%) |",
+    ]
+    assert asked == [(["uniform_ 2^28"], n, 0, 1) for n in ("2", "4")]
+    monkeypatch.setattr(threads, "SIZE", 1 << 20)
+    before, fills = torch.get_num_threads(), kernels.native_fills
+    arguments = ["uniform_ 2^28", "--alone", "3", "--times", "2"]
+    monkeypatch.setattr("sys.argv", ["threads.py", *arguments])
+    threads.main()
+    assert torch.get_num_threads() == 3
+    assert kernels.native_fills >= fills + 2
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 def test_instructions_are_counted(
     load: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
