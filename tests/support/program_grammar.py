@@ -14,8 +14,8 @@ STATEMENTS: dict[str, tuple[int, str]] = {
     "make": (
         12,
         """
-        {T} = torch.empty({shape}{dtype})
-        {T} = torch.empty({shape}{dtype})
+        {T} = torch.empty({room}{dtype})
+        {T} = torch.empty({room}{dtype})
         {T} = torch.empty({shape}{dtype}).{fill}
         {T} = torch.empty({shape}{dtype}).{fill}
         {T} = torch.zeros({shape}{dtype})
@@ -25,8 +25,8 @@ STATEMENTS: dict[str, tuple[int, str]] = {
         {T} = torch.randn({shape}{dtype}{gen})
         {T} = torch.randn({shape}) * {std}
         {T} = torch.{like}_like({e})
-        {T} = {e}.new_{new_like}({shape})
-        {T} = nn.Parameter(torch.{like}({shape}))
+        {T} = {e}.new_{new_like}({room})
+        {T} = nn.Parameter(torch.{like}({room}))
         {T} = torch.empty_strided((100, 200), (1, 100))
         {T} = torch.arange(20000.0)
         {T} = torch.normal(0.5, 1.5, {shape}{gen})
@@ -119,13 +119,13 @@ STATEMENTS: dict[str, tuple[int, str]] = {
         {m}.register_parameter('odd', {t})
         {m}.tied = parameter({m}, {k})
         {m}.weight = parameter({m}, {k})
-        {M} = nn.Sequential({m}, nn.Linear({in}, {wide}))
+        {M} = nn.Sequential({m}, nn.Linear({in}, {width}))
         {M} = nn.ModuleList([{m}, copy.deepcopy({m})])
         {M} = nn.Sequential({m}, {m})
         {T} = parameter({m}, {k})
         {T} = parameter({m}, {k}).data
         parameter({m}, {k}).data = {e}
-        setattr({m}, 'weight', nn.Parameter(torch.empty({wide}, {in}).{fill}))
+        setattr({m}, 'weight', nn.Parameter(torch.empty({width}, {in}).{fill}))
         {m}.reset_parameters()
         {m}.apply(lambda x: x.reset_parameters() if hasattr(x, 'reset_parameters') else None)
         [nn.init.normal_(p, std=0.02) for p in {m}.parameters()]
@@ -232,6 +232,7 @@ STATEMENTS: dict[str, tuple[int, str]] = {
         {T} = {t}{out} ;; {it}.{fill} ;; {same}.{chain}
         {t}.{fill} ;; {it}[{k}:].copy_({it}[: len({it}) - {k}].clone())
         {t}.{fill} ;; {it}[..., :4].copy_(torch.ones(4)) ;; {it}.{chain}
+        {t}.{fill} ;; {it}[3:].copy_(torch.zeros({it}[3:].shape)) ;; {it}.{chain}
         {A} = {t}.detach().numpy() ;; {it}.{fill} ;; note({same}.copy())
         {A} = {t}.detach().numpy() ;; {it}.data.{chain} ;; note({same}.copy())
         {T} = torch.from_dlpack({t}.detach()) ;; {it}.{fill} ;; note({same}.sum())

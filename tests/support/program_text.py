@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tests.support.program_grammar import BODIES, STATEMENTS
-from tests.support.program_words import LARGE, NAMES, ODD, SMALL, WORDS
+from tests.support.program_words import LARGE, NAMES, ODD, SMALL, SMALLEST, WORDS
 
 
 @dataclass
@@ -27,6 +27,9 @@ class Statement:
                 yield from (bound[1] or bound[2]).split(", ")
         for statement in self.body or ():
             yield from statement.names()
+
+    def has(self, text: str) -> bool:
+        return text in self.lines[-1] or any(s.has(text) for s in self.body or ())
 
     def text(self, indent: str) -> Iterator[str]:
         if self.body is None:
@@ -86,8 +89,8 @@ class Writer:
             kind = match[1]
             if kind in WORDS:
                 return re.sub(r"\{(\w+)\}", word, self.random.choice(WORDS[kind]))
-            if kind in ("shape", "wide"):
-                return self.shape() if kind == "shape" else self.width()
+            if kind in ("shape", "room", "width"):
+                return str(getattr(self, kind)())
             if kind == "it":
                 return last
             if kind == "same":
@@ -131,6 +134,14 @@ class Writer:
         rare = self.random.random() < 0.06
         return self.random.choice(ODD if rare else self.shapes)
 
+    def room(self) -> str:
+        """Return a shape of what is not filled at once.
+
+        glibc gives small memory out as it is, whatever it is told to fill it with.
+        """
+        large = [shape for shape in self.shapes if shape not in SMALL[:SMALLEST]]
+        return self.random.choice(large or ["(64, 64)"])
+
     def width(self) -> str:
         is_large = any(shape in LARGE for shape in self.shapes)
         return self.random.choice(("16", "64", "400", "256", "1000") if is_large else ("4", "16"))
@@ -169,5 +180,6 @@ def program_of(seeds: Sequence[int]) -> list[Statement]:
         return made
 
     program = [Statement(["torch.manual_seed(1)"]), *some(before, 2)]
+    program = [s for s in program if not s.has("Later(")]  # a scope does not see older threads
     inside = some(len(seeds) - at - after, 0)
     return [*program, Statement(["with caught, block():"], inside), *some(after, 1)]

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SMALL = ("(7,)", "(16,)", "(10, 10)", "(3, 4, 5)", "(64, 64)", "(8191,)", "(90, 91)", "(1,)")
+SMALL = ("(7,)", "(16,)", "(10, 10)", "(3, 4, 5)", "(1,)", "(64, 64)", "(8191,)", "(90, 91)")
+SMALLEST = 5  # of these in less than a kilobyte
 LARGE = (
     *("(8192,)", "(8193,)", "(128, 64)", "(20000,)", "(100, 200)", "(200, 100)"),
-    *("(25, 40, 20)", "(5, 4, 30, 40)", "(100000,)", "(250, 400)", "(130, 130)"),
+    *("(25, 40, 20)", "(5, 4, 30, 40)", "(600, 700)", "(100000,)", "(250, 400)", "(130, 130)"),
 )
 ODD = ("(0,)", "()", "(1, 1)", "(0, 5)", "(17, 1)")
 NUMBERS = ("0.5", "-1.5", "2", "0", "0.0", "1", "1e-3", "3.0", "True", "np.float32(0.3)", "1e30")
@@ -58,17 +59,17 @@ WORDS: dict[str, Sequence[str]] = {
         *(".view_as({t})", ".movedim(0, -1)", ".view(torch.int16)", "[{e} > 0]"),
     ),
     "module": (
-        *("nn.Linear({in}, {wide}{dtype})", "nn.Embedding({wide}, {in}, padding_idx=3)"),
-        *("nn.Linear({in}, {wide}, bias=False)", "nn.Conv2d(8, {in}, 3)", "Table({wide}, {in})"),
-        *("nn.Sequential(nn.Linear({in}, {wide}), nn.ReLU(), nn.Linear({wide}, {in}))",),
+        *("nn.Linear({in}, {width}{dtype})", "nn.Embedding({width}, {in}, padding_idx=3)"),
+        *("nn.Linear({in}, {width}, bias=False)", "nn.Conv2d(8, {in}, 3)", "Table({width}, {in})"),
+        *("nn.Sequential(nn.Linear({in}, {width}), nn.ReLU(), nn.Linear({width}, {in}))",),
         *("nn.LSTM({in}, 24)", "nn.GRU(8, {in})", "nn.LayerNorm({in})", "nn.BatchNorm1d({in})"),
-        *("nn.MultiheadAttention(64, 4)", "nn.TransformerEncoderLayer(32, 2, {wide})"),
+        *("nn.MultiheadAttention(64, 4)", "nn.TransformerEncoderLayer(32, 2, {width})"),
         *("nn.ModuleList([nn.Linear({in}, {in}) for _ in range(3)])", "nn.Bilinear(8, 9, {in})"),
-        "nn.utils.parametrizations.weight_norm(nn.Linear({in}, {wide}))",
-        "nn.utils.parametrizations.spectral_norm(nn.Linear({in}, {wide}))",
+        "nn.utils.parametrizations.weight_norm(nn.Linear({in}, {width}))",
+        "nn.utils.parametrizations.spectral_norm(nn.Linear({in}, {width}))",
         "nn.utils.parametrizations.orthogonal(nn.Linear(40, 30))",
-        "torch.nn.utils.skip_init(nn.Linear, {in}, {wide})",
-        "nn.Linear({in}, {wide}, device='meta')",
+        "torch.nn.utils.skip_init(nn.Linear, {in}, {width})",
+        "nn.Linear({in}, {width}, device='meta')",
     ),
     "in": ("8", "32", "64", "128"),
     "law": (
