@@ -124,7 +124,7 @@ STATEMENTS: dict[str, tuple[int, str]] = {
         {M} = nn.Sequential({m}, {m})
         {T} = parameter({m}, {k})
         {T} = parameter({m}, {k}).data
-        parameter({m}, {k}).data = {e}
+        give(parameter({m}, {k}), {e})
         setattr({m}, 'weight', nn.Parameter(torch.empty({width}, {in}).{fill}))
         {m}.reset_parameters()
         {m}.apply(lambda x: x.reset_parameters() if hasattr(x, 'reset_parameters') else None)

@@ -28,9 +28,10 @@ from tests.support.modes import DispatchLog, FunctionLog
 
 __all__ = [
     "Address", "DispatchLog", "FunctionLog", "Hundredths", "Later", "Table", "address",
-    "changed_memory", "constant_", "contextlib", "copy", "default_dtype", "fastinit", "in_pool",
-    "in_thread", "into", "kaiming_uniform_", "listed", "logged", "math", "nn", "normal_", "np",
-    "parameter", "peek", "pickle", "saved", "torch", "trunc_normal_", "uniform_", "width", "zeros_",
+    "changed_memory", "constant_", "contextlib", "copy", "default_dtype", "fastinit", "give",
+    "in_pool", "in_thread", "into", "kaiming_uniform_", "listed", "logged", "math", "nn", "normal_",
+    "np", "parameter", "peek", "pickle", "saved", "torch", "trunc_normal_", "uniform_", "width",
+    "zeros_",
 ]  # fmt: skip
 
 
@@ -43,6 +44,13 @@ def parameter(module: nn.Module, k: int) -> torch.Tensor:
 def width(module: nn.Module) -> int:
     """Return how long the rows of a module's first parameter are, as its input has to be."""
     return next(module.parameters()).shape[-1]
+
+
+def give(p: torch.Tensor, data: torch.Tensor) -> None:
+    """Set a parameter's data, if it has the same shape: torch's weight_norm writes past another."""
+    if p.shape != data.shape:
+        raise ValueError("another shape")
+    p.data = data
 
 
 class Table(nn.Module):
