@@ -322,6 +322,7 @@ def main() -> int:
         environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
         command = [sys.executable, "-m", "tests.support.programs", *sys.argv[1:]]
         os.execve(sys.executable, command, environment)
+    faulthandler.enable()
     torch.set_num_threads(a.threads)
     return bool(_run_range(a.seed, a.count, a.write, a.verbose))
 
