@@ -45,9 +45,35 @@ def write(
         moved: keywords that it does not have
         least: times as many elements as a random fill has to have to be worth a native call; 0: any
     """
+    if is_small(name, tensor, generator, least) and not moved:
+        return call_torch(ORIGINALS[name], name, tensor, args, generator)
     if written(name, tensor, args, generator, moved, least):
         return tensor
     return leave_to_torch(ORIGINALS[name], name, tensor, args, generator)
+
+
+def is_small(name: str, t: Any, generator: object, least: int) -> bool:
+    """Return whether nobody records, or not yet, and a call is not worth more than this look."""
+    recorder = recording.this_thread.recorder
+    if type(t) not in geometry.PLAIN or isinstance(generator, Key) or torch_api.function_modes():
+        return False
+    if recorder is None:
+        return bool(t.numel() < least * geometry.MIN_NATIVE)
+    return recorder.is_idle and not geometry.is_worth_watching(t, name)
+
+
+def call_torch(
+    function: Callable[..., Tensor],
+    name: str,
+    tensor: Tensor,
+    args: tuple[Any, ...],
+    generator: object,
+) -> Tensor:
+    """Call a function of torch, taking turns with other threads that draw."""
+    if name in laws.DRAW_NOTHING:
+        return function(tensor, *args)
+    with source.default_lock if generator is None else source.lock_of(generator):
+        return function(tensor, *args, generator)
 
 
 def written(
@@ -62,10 +88,14 @@ def written(
     if moved:
         _refuse(name, moved)
     recorder = recording.this_thread.recorder
+    if recorder is not None:
+        recorder.expect(tensor, name)
+        recorder = recording.active()
     if is_keyed(generator, recorder):
-        _write_keyed(name, tensor, args, generator if isinstance(generator, Key) else None)
+        key = generator if isinstance(generator, Key) else None
+        _write_keyed(recorder, name, tensor, args, key)
         return True
-    if not may_run_natively(tensor, least, recorder):
+    if not may_run_natively(name, tensor, least):
         return False
     law = laws.of(name, tensor, args)
     for fills in build.ways(law, tensor, generator):
@@ -86,10 +116,11 @@ def is_keyed(generator: Source, recorder: Recorder | None) -> bool:
     return generator is None or isinstance(generator, Key) or source.is_default(generator)
 
 
-def _write_keyed(name: str, tensor: Tensor, args: tuple[Any, ...], key: Key | None) -> None:
+def _write_keyed(
+    recorder: Recorder | None, name: str, tensor: Tensor, args: tuple[Any, ...], key: Key | None
+) -> None:
     shape = shard.global_shape(tensor, None if key is None else key.global_shape)
     law = laws.of_shape(name, tensor.dtype, shape, args)
-    recorder = recording.this_thread.recorder
     if recorder is None:
         assert key is not None
         execute.fill_keyed(law, tensor, key)
@@ -97,15 +128,16 @@ def _write_keyed(name: str, tensor: Tensor, args: tuple[Any, ...], key: Key | No
         recorder.fill_keyed(law, tensor, key)
 
 
-def may_run_natively(t: Any, least: int, recorder: Recorder | None) -> bool:
+def may_run_natively(name: str, t: Any, least: int) -> bool:
     """Return whether a tensor is plain, large enough for a native call, and seen by no mode."""
+    recorder = recording.active()
     if type(t) not in geometry.PLAIN or torch_api.function_modes() != 0:
         return False  # before t.numel() would be seen
     n = t.numel()
     if recorder is None or least == 0:
         is_large = n >= least * geometry.least(geometry.device_of(t))
     else:
-        is_large = recorder.takes(t)
+        is_large = recorder.takes(t, name)
     if not is_large or (recorder is not None and recorder.seed is not None):
         return False
     return n != 0 and not torch.compiler.is_compiling() and recording.modes_allow()
@@ -130,14 +162,11 @@ def leave_to_torch(
     generator: object,
 ) -> Tensor:
     """Call the function of torch that writes the law of `name`, or record the call."""
-    recorder = recording.this_thread.recorder
+    recorder = recording.active()
     if recorder is not None:
         recorder.call(Call(function, name, tensor, args, generator))
         return tensor
-    if name not in laws.DRAW_NOTHING:
-        args = (*args, generator)
-    with source.default_lock if generator is None else source.lock_of(generator):
-        return function(tensor, *args)
+    return call_torch(function, name, tensor, args, generator)
 
 
 def _refuse(name: str, moved: dict[str, Any]) -> NoReturn:

@@ -146,6 +146,16 @@ def run_ahead(fills: Sequence[tuple[Drawn, torch.UntypedStorage]]) -> None:
         cuda_fills.run_ahead([(drawn, at) for drawn, at in fills if drawn.fill.device >= 0])
 
 
+def is_cuttable(drawn: Drawn) -> bool:
+    """Return whether parts of a fill can be written; see `run_parts`."""
+    return cpu_fills.is_cuttable(drawn)
+
+
+def run_parts(parts: Sequence[tuple[Drawn, int, int, int]]) -> None:
+    """Write parts of fills of CPU memory; see `cpu/fills.run_parts`."""
+    cpu_fills.run_parts(parts)
+
+
 # ---- the keyed stream ----------------------------------------------------------------------------
 
 

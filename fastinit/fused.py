@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from contextlib import ContextDecorator, ExitStack
+from contextlib import ContextDecorator
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
+from fastinit.capture import hooks
 from fastinit.capture.capture import Capture
-from fastinit.capture.hooks import hooked
 from fastinit.capture.keyed import KeyedCapture, SeededCapture
 from fastinit.capture.report import Report
-from fastinit.core import torch_api
+from fastinit.core import switch, torch_api
 from fastinit.core.key import Key
 from fastinit.core.recording import set_recorder, this_thread
 
@@ -27,6 +27,10 @@ class fused(ContextDecorator):
         progress: show a bar (with tqdm, if installed) while writing what waited until the end
         seed: take the numbers of the keyed stream instead of torch's; see `Key`
         prefix: put before the names of parameters that keys are made of
+        watch: see every operator from the beginning, not from the first large fill; small models
+            take longer then, but the report has all of them, and `check` misses none
+        orthogonal: "torch" or "native": who writes orthogonal_ in this scope, whatever
+            `set_orthogonal` says; has no meaning with a seed
 
     Inside, every in-place fill of a tensor that reaches torch, by whatever name, is recorded
     instead of run; generators move on at once. A fill is written at the end of the scope, all of
@@ -51,41 +55,70 @@ class fused(ContextDecorator):
     """
 
     def __init__(
-        self, *, progress: bool = False, seed: int | None = None, prefix: str = ""
+        self,
+        *,
+        progress: bool = False,
+        seed: int | None = None,
+        prefix: str = "",
+        watch: bool = False,
+        orthogonal: str | None = None,
     ) -> None:
         self._progress = progress
         self._seed = None if seed is None else Key(seed).seed
         self._prefix = prefix
+        self._watch = watch or seed is not None
+        self._orthogonal = None if orthogonal is None else switch.checked(orthogonal)
         self._adopted: Iterable[Tensor] = ()
         self._model: nn.Module | None = None
-        self._entered: list[_Scope | Report] = []
+        self._entered: list[Capture | Report] = []
+        self._outer_orthogonal: list[str | None] = []
 
     def _recreate_cm(self) -> fused:  # of a decorated function, which may recurse or have threads
-        return fused(progress=self._progress, seed=self._seed, prefix=self._prefix)
+        how = {"progress": self._progress, "seed": self._seed, "prefix": self._prefix}
+        return fused(**how, watch=self._watch, orthogonal=self._orthogonal)  # type: ignore[arg-type]
 
     def __enter__(self) -> Report:
         outer = this_thread.recorder
         if isinstance(outer, Capture):
-            if self._seed is not None and self._seed != outer.seed:
-                raise RuntimeError("a block with a seed inside a block with another or none")
-            if self._model is not None:
-                outer.report.roots.append((weakref.ref(self._model), self._prefix))
-            elif self._prefix not in ("", outer.report.prefix):
-                raise RuntimeError("a block with a prefix inside a block with another or none")
-            outer.storages.adopt_all(self._adopted)
-            self._entered.append(outer.report)
-            return outer.report
+            return self._join(outer)
         report = Report(progress=self._progress, reason=_why_not(), prefix=self._prefix)
         if self._model is not None:
             report.roots.append((weakref.ref(self._model), self._prefix))
             report.is_about_models = True
         if report.reason and self._seed is not None:
             raise RuntimeError(f"a block with a seed has to see every operator: {report.reason}")
-        if report.reason:
-            self._entered.append(report)
-            return report
-        self._entered.append(_Scope(report, self._adopted, self._seed))
+        if report.reason and self._orthogonal is not None:
+            raise RuntimeError(f"a block with a choice for orthogonal_: {report.reason}")
+        self._entered.append(report if report.reason else self._begin(report))
         return report
+
+    def _join(self, outer: Capture) -> Report:
+        """Make this scope a part of the one around."""
+        if self._seed is not None and self._seed != outer.seed:
+            raise RuntimeError("a block with a seed inside a block with another or none")
+        if self._model is not None:
+            outer.report.roots.append((weakref.ref(self._model), self._prefix))
+        elif self._prefix not in ("", outer.report.prefix):
+            raise RuntimeError("a block with a prefix inside a block with another or none")
+        if self._watch:
+            outer.begin()
+        self._outer_orthogonal.append(outer.orthogonal)
+        if self._orthogonal is not None:
+            outer.orthogonal = self._orthogonal
+        outer.pending.adopt_all(self._adopted)
+        self._entered.append(outer.report)
+        return outer.report
+
+    def _begin(self, report: Report) -> Capture:
+        """Make this scope the outermost of the thread: stand-ins, recorder and mode."""
+        capture = KeyedCapture(report) if self._seed is None else SeededCapture(report, self._seed)
+        capture.orthogonal = self._orthogonal
+        capture.pending.adopt_all(self._adopted)
+        hooks.begin_scope()
+        set_recorder(capture)
+        if self._watch:
+            capture.begin()
+        return capture
 
     def __exit__(
         self,
@@ -95,24 +128,17 @@ class fused(ContextDecorator):
     ) -> None:
         entered = self._entered.pop()
         outer = this_thread.recorder
-        if isinstance(entered, _Scope):
-            entered.end()
-        elif self._adopted and isinstance(outer, Capture):
-            outer.storages.adopt_no_more()
-
-
-class _Scope:
-    """The outermost scope of a thread: hooks, recorder and mode, in this order."""
-
-    def __init__(self, report: Report, adopted: Iterable[Tensor], seed: int | None) -> None:
-        capture = KeyedCapture(report) if seed is None else SeededCapture(report, seed)
-        capture.storages.adopt_all(adopted)
-        with ExitStack() as undo:
-            undo.enter_context(hooked())
-            undo.callback(set_recorder, set_recorder(capture))
-            undo.enter_context(capture)
-            undo.callback(capture.close)
-            self.end = undo.pop_all().close  # even if writing fails, the rest is undone
+        if isinstance(entered, Capture):
+            try:
+                entered.close()
+            finally:  # even if writing fails, the rest is undone
+                entered.leave()
+                set_recorder(None)
+                hooks.end_scope()
+        elif isinstance(outer, Capture):
+            outer.orthogonal = self._outer_orthogonal.pop()
+            if self._adopted:
+                outer.pending.adopt_no_more()
 
 
 def _why_not() -> str:
@@ -133,11 +159,12 @@ def adopting(
     model: nn.Module | None = None,
     seed: int | None = None,
     prefix: str = "",
+    orthogonal: str | None = None,
 ) -> fused:
     """Return a scope in which fills of these tensors may wait as well, though they are older.
 
     The caller holds them while it lasts. Its report is about the model.
     """
-    scope = fused(seed=seed, prefix=prefix)
+    scope = fused(seed=seed, prefix=prefix, watch=True, orthogonal=orthogonal)
     scope._adopted, scope._model = tensors, model
     return scope

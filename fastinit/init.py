@@ -304,8 +304,8 @@ def orthogonal_(
     if written("orthogonal_", tensor, (gain,), generator, moved, 0):
         return tensor
     function: Callable[..., Tensor] = ORIGINALS["orthogonal_"]
-    recorder = recording.this_thread.recorder
-    is_native = may_run_natively(tensor, 0, recorder) and not switch.leaves_orthogonal_to_torch()
+    is_native = may_run_natively("orthogonal_", tensor, 0)
+    is_native = is_native and not switch.leaves_orthogonal_to_torch()
     if is_native and tensor.dim() >= 2 and _is_in_cpu_memory(tensor):
         rows, columns = tensor.shape[0], tensor.numel() // tensor.shape[0]
         if not build.is_narrow(rows, columns, tensor.dtype):

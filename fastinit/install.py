@@ -10,7 +10,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
@@ -62,28 +62,23 @@ def installed() -> Iterator[None]:
         uninstall()
 
 
-@contextmanager
-def standing_in(begin: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
-    """Let torch's own modules call fastinit's functions, in all threads, while any scope lasts.
-
-    The first scope of the process calls `begin`, the last one calls `end`.
-    """
+def begin_scope() -> None:
+    """Let torch's own modules call fastinit's functions, in all threads, while any scope lasts."""
     global _scopes, _modules_before
     with _lock:
         if _scopes == 0:
             _modules_before = len(sys.modules)
             _put_into_torch()
-            begin()
         _scopes += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _scopes -= 1
-            if _scopes == 0:
-                end()
-                if _installed == 0:
-                    _take_out_of_torch()
+
+
+def end_scope() -> None:
+    """End what one `begin_scope` began."""
+    global _scopes
+    with _lock:
+        _scopes -= 1
+        if _scopes == 0 and _installed == 0:
+            _take_out_of_torch()
 
 
 # ---- the functions -------------------------------------------------------------------------------
@@ -137,7 +132,7 @@ def _replace(modules: Iterable[object], by: dict[int, Any]) -> None:
 
 _lock = threading.RLock()
 _installed = 0  # calls of `install` that `uninstall` has not undone
-_scopes = 0  # of `standing_in` that last
+_scopes = 0  # that last
 _modules_before = 0  # modules that were loaded when the first of these began
 
 

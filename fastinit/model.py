@@ -24,7 +24,12 @@ Fn = Callable[[nn.Module], object]
 
 
 def init_model_(
-    model: nn.Module, fn: Fn | None = None, seed: int | None = None, *, prefix: str = ""
+    model: nn.Module,
+    fn: Fn | None = None,
+    seed: int | None = None,
+    *,
+    prefix: str = "",
+    orthogonal: str | None = None,
 ) -> Report:
     """Initialise all of a model's parameters in one pass; same numbers as one by one.
 
@@ -35,6 +40,7 @@ def init_model_(
             `_reset_parameters`) is asked to reset its own
         seed: take the numbers of the keyed stream, by the names of the parameters; see `Key`
         prefix: put before these names, for a model that is a part of another
+        orthogonal: "torch" or "native": who writes orthogonal_, as for `fused`
 
     Returns:
         What was written by which function, and what was not.
@@ -45,7 +51,7 @@ def init_model_(
     """
     if is_recording_a_plan():
         raise RuntimeError("init_model_ cannot be part of a Plan that is being recorded")
-    with adopting(tensors_of(model), model, seed, prefix) as report:
+    with adopting(tensors_of(model), model, seed, prefix, orthogonal) as report:
         apply(model, fn)
     return report
 
@@ -82,6 +88,7 @@ def materialize_(
     seed: int | None = None,
     *,
     prefix: str = "",
+    orthogonal: str | None = None,
 ) -> Report:
     """Give a model's meta tensors memory, and initialise it in one pass.
 
@@ -93,6 +100,7 @@ def materialize_(
             device are reset
         seed: take the numbers of the keyed stream, by the names of the parameters; see `Key`
         prefix: put before these names, for a model that is a part of another
+        orthogonal: "torch" or "native": who writes orthogonal_, as for `fused`
 
     Returns:
         What was written by which function, and what was not. Tied tensors stay tied; parameters are
@@ -108,7 +116,7 @@ def materialize_(
     """
     if is_recording_a_plan():
         raise RuntimeError("materialize_ cannot be part of a Plan that is being recorded")
-    with adopting((), model, seed, prefix) as report:
+    with adopting((), model, seed, prefix, orthogonal) as report:
         report.is_about_new = True
         slots = [s for s in named_tensors(model, prefix) if s[3].is_meta]
         memory: dict[tuple[object, ...], Tensor] = {}

@@ -6,19 +6,19 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from types import ModuleType
+from contextlib import contextmanager
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch.utils.dlpack
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from fastinit import install
 from fastinit.core import torch_api
 from fastinit.core.recording import Recorder, this_thread
-from fastinit.install import standing_in
 
 # Ways to a tensor's values that no operator announces, and to its address, after which anybody may
 # read or write it at any time. Others (__array__, storage, share_memory_, pickling) go by these.
@@ -29,7 +29,7 @@ _EXPOSES = ("__dlpack__", "const_data_ptr", "data_ptr", "numpy", "untyped_storag
 def _active() -> Recorder | None:
     """Return the recorder that wants to know what happens in this thread, if there is one."""
     recorder = this_thread.recorder
-    return recorder if recorder is not None and recorder.modes else None
+    return recorder if recorder is not None and recorder.is_told else None
 
 
 def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,13 +44,58 @@ def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+# Functions that ask for addresses and sizes to find tensors in the same memory, and never read it;
+# safetensors' load_model, for one, asks for each parameter's before it overwrites all of them.
+_COMPARING = {
+    "safetensors": {"storage_ptr", "storage_size", "_find_disjoint", "_is_complete"},
+    "huggingface_hub": {"storage_ptr", "get_torch_storage_id", "get_torch_storage_size",
+                        "_get_unique_id", "_find_disjoint", "_is_complete"},
+    "transformers": {"id_tensor_storage", "_find_disjoint", "_find_identical"},
+    "accelerate": {"id_tensor_storage"},
+}  # fmt: skip
+
+
+def _compares_only(frame: FrameType | None) -> bool:
+    """Return whether an address is asked for by one of these, itself or by way of torch."""
+    while frame is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package != "torch":
+            return frame.f_code.co_name in _COMPARING.get(package, ())
+        frame = frame.f_back
+    return False
+
+
 def _exposing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         recorder = _active()
-        if recorder is not None:
+        if recorder is not None and not _compares_only(sys._getframe(1)):
             recorder.expose(self, f"Tensor.{original.__name__}")
         return original(self, *args, **kwargs)
+
+    return method
+
+
+def _filling(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        recorder = this_thread.recorder
+        if recorder is not None:
+            recorder.expect(self, "")
+        return original(self, *args, **kwargs)
+
+    return method
+
+
+def _beginning(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function before which the recorder begins: what follows is to be seen."""
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        recorder = this_thread.recorder
+        if recorder is not None:
+            recorder.begin()
+        return original(*args, **kwargs)
 
     return method
 
@@ -146,6 +191,9 @@ _Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 _METHODS: list[tuple[Any, str, _Wrap]] = [
     *((Tensor, name, _reading) for name in _READS),
     *((Tensor, name, _exposing) for name in _EXPOSES if hasattr(Tensor, name)),
+    *((Tensor, name, _filling) for name in ("uniform_", "normal_")),
+    (nn.Module, "to_empty", _beginning),  # which makes what is to be filled
+    (torch.inference_mode, "__enter__", _beginning),  # which hides later modes when it ends
     (torch.utils.dlpack, "to_dlpack", _exposing),
     (torch.jit, "save", _saving),
     (torch_api.ScriptModule, "save", _saving),
@@ -177,21 +225,48 @@ def _hook_methods() -> None:
 
 # ---- scopes --------------------------------------------------------------------------------------
 
-_handles: list[Any] = []  # of the hooks in torch's modules, while a scope lasts
 
-
-def hooked() -> AbstractContextManager[None]:
-    """Tell recorders what happens, in all threads; a thread without a recorder is not affected."""
-    return standing_in(_hook, _unhook)
-
-
-def _hook() -> None:
+def begin_scope() -> None:
+    """Put fastinit into torch.nn.init, and let recorders be told what happens, in all threads."""
+    install.begin_scope()
     _hook_methods()
-    _handles.append(nn_module.register_module_parameter_registration_hook(_registered))
-    _handles.append(nn_module.register_module_buffer_registration_hook(_registered))
-    _handles.append(nn_module.register_module_module_registration_hook(_registered))
 
 
-def _unhook() -> None:
-    while _handles:
-        _handles.pop().remove()
+end_scope = install.end_scope
+
+_lock = threading.RLock()
+_registering = 0  # recorders that want to know about modules
+_handles: list[Any] = []  # of the hooks in torch's modules, while there are any
+
+
+def begin_registering() -> None:
+    """Tell recorders what modules get, from now on."""
+    global _registering
+    with _lock:
+        if _registering == 0:
+            _handles.append(nn_module.register_module_parameter_registration_hook(_registered))
+            _handles.append(nn_module.register_module_buffer_registration_hook(_registered))
+            _handles.append(nn_module.register_module_module_registration_hook(_registered))
+        _registering += 1
+
+
+def end_registering() -> None:
+    global _registering
+    with _lock:
+        _registering -= 1
+        while _registering == 0 and _handles:
+            _handles.pop().remove()
+
+
+@contextmanager
+def hooked() -> Iterator[None]:
+    """Do all of this for the length of a with statement."""
+    begin_scope()
+    try:
+        begin_registering()
+        try:
+            yield
+        finally:
+            end_registering()
+    finally:
+        end_scope()

@@ -7,6 +7,7 @@ capture.py has everything that is the same with torch's numbers.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import weakref
 from collections.abc import Iterable, Sequence
@@ -20,8 +21,9 @@ from fastinit.capture import operators
 from fastinit.capture.capture import HANDLERS, Capture
 from fastinit.capture.names import Names, box_of
 from fastinit.capture.operators import leaves
-from fastinit.capture.pending import Identity, KeyedFill, Memory, Place, Stage, Waiting, is_all
+from fastinit.capture.pending import Memory, Stage, is_all
 from fastinit.capture.report import Report
+from fastinit.capture.waiting import Identity, KeyedFill, Place, Waiting, view
 from fastinit.capture.written import caller
 from fastinit.core import geometry, kernels, keyed_numbers, shard
 from fastinit.core.key import Key, derived
@@ -71,9 +73,8 @@ class Keys:
 
     def work(self, fill: KeyedFill, storage: torch.UntypedStorage) -> Work:
         """Return what has to be written, and where."""
+        t = view(storage, fill.dtype, fill.box)
         with kernels.undisturbed():
-            t = torch.empty(0, dtype=fill.dtype, device=storage.device)
-            t.set_(storage, *fill.box)  # type: ignore[call-overload,unused-ignore]
             if fill.place is None:
                 fill.place = self._placed(fill, t)
         return Work(fill.law, fill.place.key, t, fill.place.slabs)
@@ -102,8 +103,7 @@ class Keys:
             slabs = shard.slabs(t)
         elif slabs is None:  # nobody's: elements count from the beginning of the storage
             storage, size = geometry.storage_of(t), t.element_size()
-            flat = torch.empty(0, dtype=t.dtype, device=t.device)
-            flat.set_(storage, 0, (storage.nbytes() // size,), (1,))  # type: ignore[call-overload,unused-ignore]
+            flat = view(storage, t.dtype, (0, (storage.nbytes() // size,), (1,)))
             slabs = shard.part(flat, *fill.box)
         label = identity.label
         return Place(derived(self._seed, label), label.lstrip("/"), fill.slabs or slabs or ())
@@ -152,23 +152,24 @@ class KeyedCapture(Capture):
             slabs = shard.slabs(t)
         if self.watch is not None:
             self.watch(t)
-        memory = self._memory_of(here)
+        memory = self.pending.find(here)
         fill = KeyedFill.of(here, law, caller())
         if given is not None:
             fill.place = Place(*given, slabs or ())
         else:
-            fill.slabs, fill.memory = slabs, memory or Memory(here)
+            fill.slabs, fill.memory = slabs, memory or Memory(here, False)
             fill.identity = Identity(fill.memory, fill.box)
             fill.fallback = shard.slabs(t) if shard.is_distributed(t) else None
             if labelled:
                 self._keys.label(here, law, fill.memory)
         waits = memory is not None and here.dtype in geometry.DTYPES and self._may_wait()
         if memory is not None and waits and self._keys.may_wait(memory, here):
-            self._push(memory, fill)
+            self.pending.push(memory, fill)
             return
         self.read(here, law.op)
         execute.run_keyed([self._keys.work(fill, geometry.storage_of(here))])
-        self._at_once(here, fill.written())
+        self.report.at_once_elements += fill.items
+        self.pending.wrote(here, fill.written())
 
     def _write(self, piece: Stage) -> None:
         super()._write(piece)
@@ -206,7 +207,7 @@ class KeyedCapture(Capture):
         new.memory, new.identity = memory, fill.identity
         new.slabs, new.fallback = fill.slabs, fill.fallback
         fill.identity.members.append((memory, new.box))
-        self._push(memory, new)
+        self.pending.push(memory, new)
         return True
 
 
@@ -218,6 +219,7 @@ class SeededCapture(KeyedCapture):
     """
 
     of_any_size = True
+    by_parts = False  # a value depends on its place in the whole
 
     def __init__(self, report: Report, seed: int) -> None:
         super().__init__(report, seed)
@@ -253,8 +255,8 @@ class SeededCapture(KeyedCapture):
         out = super()._run(func, args, kwargs)
         if type(out) is Tensor and operators.makes_new(func):  # nobody else knows it yet
             self.adopt(out)
-            if func is not torch.ops.aten.clone.default or not self.storages.is_garbage(args[0]):
-                self._wrote(out)
+            if func is not torch.ops.aten.clone.default or not self.pending.is_garbage(args[0]):
+                self.pending.wrote(out)
         return out
 
     def _fill(self, func: Any, args: Any, kwargs: dict[str, Any], law_of: operators.LawOf) -> Any:
@@ -289,8 +291,8 @@ class SeededCapture(KeyedCapture):
     def _copy(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         to, by = args[0], args[1]
         if shard.is_distributed(to) and shard.is_distributed(by) and _is_alike(to, by):
-            here = self._memory_of(shard.local(to))
-            if here is not None and self._copy_pending(here, shard.local(to), shard.local(by)):
+            here = self.pending.find(shard.local(to))
+            if here is not None and self._copy_waiting(here, shard.local(to), shard.local(by)):
                 return to
         return super()._copy(func, args, kwargs)
 
@@ -300,6 +302,8 @@ class SeededCapture(KeyedCapture):
             self.report.foreign.add(what)
 
     def close(self) -> None:
+        if self.report.has_several_models():
+            gc.collect(1)  # one that only the collector would find dead must not count as the first
         self._keys.look_up(True)  # what is not named now never will be
         super().close()
 

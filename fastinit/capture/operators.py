@@ -162,6 +162,37 @@ OVERWRITING = frozenset(
     )
 )
 
+# Pointwise operators that take numbers besides a tensor: in place, and the same out of place.
+_POINTWISE = (
+    *("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "mul.Tensor", "mul.Scalar"),
+    *("div.Tensor", "div.Scalar", "div.Tensor_mode", "pow.Scalar", "fmod.Scalar"),
+    *("remainder.Scalar", "clamp.default", "clamp_min.default", "clamp_max.default"),
+    *("leaky_relu.default", "elu.default", "threshold.default", "logit.default"),
+    *(
+        f"{name}.default"
+        for name in (
+            *("neg", "abs", "sign", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p"),
+            *("sqrt", "rsqrt", "square", "reciprocal", "erf", "erfc", "erfinv", "sin", "cos"),
+            *("tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
+            *("sigmoid", "silu", "relu", "floor", "ceil", "round", "trunc", "frac"),
+        )
+    ),
+)
+
+
+def _overload(name: str, suffix: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(_aten, packet + suffix, None), overload, None)
+
+
+IN_PLACE = tuple(op for op in (_overload(name, "_") for name in _POINTWISE) if op is not None)
+OUT_OF_PLACE = {  # and the operator in place that does the same to a copy
+    out: in_place
+    for out, in_place in ((_overload(n, ""), _overload(n, "_")) for n in _POINTWISE)
+    if out is not None and in_place is not None
+}
+CONVERT = torch_api.to_copy
+
 REPLACE_MEMORY = tuple(
     getattr(packet, overload)
     for packet in (_aten.set_, _aten.resize_, _aten.resize_as_)
@@ -244,6 +275,21 @@ def is_fake(t: Any) -> bool:
     """Return whether it is torch's FakeTensor, which has no memory; without loading its module."""
     kind = type(t)
     return kind.__name__ == "FakeTensor" and kind.__module__.startswith("torch.")
+
+
+def converts(t: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Return whether _to_copy only changes the dtype, between those that the kernels write."""
+    dtype = kwargs.get("dtype")
+    device, layout = kwargs.get("device"), kwargs.get("memory_format")
+    return (
+        dtype in geometry.DTYPES
+        and dtype is not t.dtype
+        and t.dtype in geometry.DTYPES
+        and (device is None or device == t.device)
+        and kwargs.get("layout") in (None, torch.strided)
+        and layout in (None, torch.preserve_format, torch.contiguous_format)
+        and not kwargs.get("pin_memory")
+    )
 
 
 def copies_plainly(to: Tensor, by: Any) -> bool:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import gc
+import sys
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 
 from fastinit.capture import table
 from fastinit.capture.names import named_tensors
-from fastinit.capture.pending import Memory, Waiting
+from fastinit.capture.pending import Memory
+from fastinit.capture.waiting import Waiting
 from fastinit.capture.written import Written, line
 from fastinit.core import geometry, progress, shard
 from fastinit.core.geometry import is_plain
 
 _MOST_LINES = 1000  # kept in `early`
+_METHODS = frozenset(("__init__", "reset_parameters", "_reset_parameters", "apply"))
 
 
 class Early(NamedTuple):
@@ -77,14 +80,24 @@ class Report:
 
     # ---- what capture.py tells -----------------------------------------------------------------
 
-    def close(self, memories: Iterable[Memory], ours: Collection[int]) -> None:
+    def begin(self) -> None:
+        """Note the modules that are being made or initialised already, by the frames around."""
+        frame: FrameType | None = sys._getframe(1)
+        found: list[nn.Module] = []
+        while frame is not None:
+            code = frame.f_code
+            if code.co_name in _METHODS and code.co_varnames[:1] == ("self",):
+                module = frame.f_locals.get("self")
+                if isinstance(module, nn.Module):
+                    found.append(module)
+            frame = frame.f_back
+        for module in reversed(found):
+            self.hold(module, "", None)
+
+    def close(self, seen: dict[int, Memory], ours: Collection[int]) -> None:
         """Take stock at the end of the scope: tensors are reported as they are now."""
-        memories = list(memories)
-        self._memories += [m for m in memories if m.written]
-        seen = {m.storage_id: m for m in memories}
+        self._memories += [m for m in seen.values() if m.written]
         about = self.is_about_models
-        if not about and len(self._outermost()) > 1:
-            gc.collect()  # or a model that nobody holds would count as the first
         groups: dict[int, list[str]] = {}
         for name, t in self.named_tensors():
             if id(t) in groups:
@@ -171,6 +184,9 @@ class Report:
         for i, m in enumerate(self._outermost() if final and not self.is_about_models else ()):
             for name, _, _, t in named_tensors(m, self.prefix + (f"~{i}." if i else "")):
                 yield name, t
+
+    def has_several_models(self) -> bool:
+        return not self.is_about_models and len(self._outermost()) > 1
 
     def _outermost(self) -> list[nn.Module]:
         modules = [m for m in (ref() for ref in self._modules.values()) if m is not None]

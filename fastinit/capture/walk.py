@@ -40,6 +40,7 @@ class Walk(Mode, Recorder):
     """
 
     modes = 1
+    is_told = True
 
     def __init__(
         self,

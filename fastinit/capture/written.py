@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastinit.core import geometry
-from fastinit.core.fill import Caller, Fill
+from fastinit.core.fill import Caller, Drawn
 
 _HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -37,10 +37,10 @@ class Written(NamedTuple):
     key: str = ""  # of the keyed stream: a name, or "#" and a number
 
     @classmethod
-    def of(cls, fill: Fill, extent: tuple[int, int], caller: Caller | None) -> Written:
+    def of(cls, done: Drawn) -> Written:
         """Return what is remembered of a fill with torch's numbers."""
-        dtype = fill.tensor.dtype
-        how = (fill.op, fill.a, fill.b, fill.items, dtype, extent, caller)
+        fill = done.fill
+        how = (fill.op, fill.a, fill.b, done.items, done.dtype, done.extent, done.caller)
         return cls(*how, fill.bounds, fill.scale)
 
     @classmethod

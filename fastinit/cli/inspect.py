@@ -75,7 +75,7 @@ def build(target: str, seed: int | None, meta: bool) -> tuple[nn.Module, Report]
             with torch.device("meta"):
                 model = factory()
         else:
-            with fused(seed=seed) as report:
+            with fused(seed=seed, watch=True) as report:
                 model = factory()
     except Exception as error:
         raise Refused(f"{target} raised {type(error).__name__}: {error}") from error

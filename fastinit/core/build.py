@@ -17,10 +17,6 @@ from fastinit.core import geometry, kernels, laws, source, switch
 from fastinit.core.fill import Fill
 from fastinit.core.laws import Law
 
-_LARGEST = {torch.float16: 3e4}  # |parameters| up to here cannot leave the dtype's range,
-_LARGEST_OTHER = 1e37  # nor can the difference of two
-
-
 _SMALLEST_RANGE = 1e-30  # of uniform_: the 2^24th part of it is a normal float32
 
 
@@ -30,7 +26,7 @@ def _number(value: object, dtype: torch.dtype) -> float | None:
         return None
     if type(value) is int and abs(value) > 1 << 53:  # torch rounds these more than once
         return None
-    return float(value) if abs(value) <= _LARGEST.get(dtype, _LARGEST_OTHER) else None  # not NaN
+    return float(value) if abs(value) <= geometry.largest(dtype) else None  # not NaN
 
 
 def _describe(

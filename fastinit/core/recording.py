@@ -42,15 +42,24 @@ class Recorder:
     """
 
     modes = 0  # dispatch modes that it has put on torch's stack
+    is_told = False  # by hooks what happens
+    is_idle = False  # it waits for a fill that is worth its mode; until then all is torch's
     seed: int | None = None  # of the keyed stream, which then takes the place of torch's generators
     orthogonal: str | None = None  # of its scope; goes before the process's, see switch.py
     submitting = False  # a task is given to a pool, which may start threads of its own for it
 
     # ---- fills -------------------------------------------------------------------------------
 
-    def takes(self, t: Tensor) -> bool:
-        """Return whether a fill of this tensor is worth a record."""
+    def takes(self, t: Tensor, function: str) -> bool:
+        """Return whether a call of a function of torch.nn.init is worth a record."""
         return True
+
+    def expect(self, t: Tensor, function: str) -> None:
+        """Take note that Python code is about to fill a tensor; an idle recorder may begin."""
+
+    def begin(self) -> bool:
+        """Begin to record, if idle; return whether it does."""
+        return not self.is_idle
 
     def add(self, fills: list[Fill], law: Law) -> None:
         """Record fills, which together write the law of one call."""
@@ -87,6 +96,12 @@ class _Local(threading.local):
 
 
 this_thread = _Local()
+
+
+def active() -> Recorder | None:
+    """Return the recorder of this thread, unless it is idle."""
+    recorder = this_thread.recorder
+    return None if recorder is None or recorder.is_idle else recorder
 
 
 def set_recorder(value: Recorder | None) -> Recorder | None:

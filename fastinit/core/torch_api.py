@@ -9,6 +9,7 @@ operator, `_parameters`, `_buffers` and `_modules` of a module.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -38,18 +39,41 @@ transform: Callable[[], object] = _C._functorch.peek_interpreter_stack  # functo
 tracing_state: Callable[[], object] = _C._get_tracing_state  # torch.jit.trace's; None: none
 
 
-def nobody_watches(dispatch: int) -> bool:
+def nobody_watches(dispatch: int, functions: bool = False) -> bool:
     """Return whether no mode, transform or tracer sees operators, but for so many dispatch modes.
+
+    `functions`: function modes do not matter.
 
     The last question is for the level of forward-mode differentiation.
     """
     return (
-        function_modes() == 0
+        (functions or function_modes() == 0)
         and dispatch_modes() == dispatch
         and transform() is None
         and tracing_state() is None
         and forward_ad._current_level < 0
     )
+
+
+def keys() -> tuple[int, int]:
+    """Return which dispatch keys this thread includes and excludes, as two sets of bits.
+
+    A guard that puts such sets back when it ends takes along the mode that was begun meanwhile.
+    """
+    included, excluded = _included(), _excluded()
+    return included.raw_repr(), excluded.raw_repr()
+
+
+_included: Callable[[], Any] = _C._dispatch_tls_local_include_set
+_excluded: Callable[[], Any] = _C._dispatch_tls_local_exclude_set
+
+
+def are_hidden() -> bool:
+    """Return whether dispatch modes are hidden from what runs now, as by DisableTorchDispatch."""
+    return bool(_C._dispatch_tls_is_dispatch_key_excluded(_C.DispatchKey.Python))
+
+
+in_backward: Callable[[], int] = _C._current_graph_task_id  # -1: not
 
 
 def hide_from_dynamo(code: CodeType) -> bool:
@@ -87,6 +111,34 @@ storage_of_weak: Callable[[int], torch.UntypedStorage | None] = (  # None: it ha
     torch.UntypedStorage._new_with_weak_ptr
 )
 
+# How many tensors of C++ share this one's Python object's, and how many tensors have a storage.
+owners: Callable[[Tensor], int] = getattr(Tensor, "_use_count", lambda t: 0)
+storage_owners: Callable[[int], int] = getattr(_C, "_storage_Use_Count", lambda storage: 0)
+
+
+def _references(t: Tensor) -> int:
+    storage = _untyped_storage(t)
+    return sys.getrefcount(storage)
+
+
+_FRESH = _references(torch.empty(1, device="cpu"))  # to a storage that nobody else has
+
+
+def is_its_own(t: Tensor) -> bool:
+    """Return whether all who know a tensor's memory know it through this object, as far as torch
+    can say: no other tensor, array, file, process or consumer of DLPack.
+
+    False where torch cannot say.
+    """
+    storage = _untyped_storage(t)
+    return (
+        owners(t) == 1  # of Python's objects there is one, whoever has it
+        and sys.getrefcount(storage) == _FRESH
+        and storage_owners(storage._cdata) == 2  # the tensor's, and the object just made
+        and storage.resizable()  # memory of NumPy and files is not
+        and not storage.is_shared()
+    )
+
 
 def generator_id(generator: torch.Generator) -> int:
     """Return an id that all objects of one generator have in common."""
@@ -96,6 +148,7 @@ def generator_id(generator: torch.Generator) -> int:
 # ---- operators -----------------------------------------------------------------------------------
 
 OpOverload = torch._ops.OpOverload  # what a dispatch mode sees
+to_copy = torch.ops.aten._to_copy.default  # what t.to(dtype) comes as
 # An operator with a kernel for this is made of others, and may reach a mode undivided.
 composite: Any = _C.DispatchKey.CompositeImplicitAutograd
 

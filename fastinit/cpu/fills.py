@@ -253,3 +253,29 @@ def run_ahead(fills: Sequence[tuple[Drawn, torch.UntypedStorage]]) -> None:
             if jobs:
                 cpu_qr.run(jobs, False)  # the scope has a bar of its own
             packed, states, jobs, scratch = [], [], [], 0
+
+
+def is_cuttable(drawn: Drawn) -> bool:
+    """Return whether a fill can be written in parts that begin at multiples of 16 elements."""
+    fill = drawn.fill
+    known = fill.op in ("uniform", "normal", "constant") and fill.rank == 0 and fill.device < 0
+    return known and drawn.extent[1] == drawn.items * drawn.dtype.itemsize
+
+
+def run_parts(parts: Sequence[tuple[Drawn, int, int, int]]) -> None:
+    """Write parts of fills that are cuttable in one native call.
+
+    Args:
+        parts: fill, address of what is written, its first element in the fill, elements
+    """
+    packed: list[bytes] = []
+    index: dict[int, int] = {}  # of a state, by its address
+    for drawn, address, begin, items in parts:
+        fill, src = drawn.fill, -1
+        if isinstance(drawn.state, torch.Tensor):
+            src = index.setdefault(geometry.address_of(drawn.state), len(index))
+        word = begin * (2 if drawn.dtype is torch.float64 else 1)
+        whole, fill.items = fill.items, items
+        packed.append(_pack(fill, address, word, src, False))
+        fill.items = whole
+    kernels.run(b"".join(packed), list(index), [0] * len(index))

@@ -472,7 +472,7 @@ def test_with_fused(contexts: list[Callable[[], Any]]) -> None:
 
 
 def test_fused_in_installed_records() -> None:
-    with fastinit.installed(), fastinit.fused() as report:
+    with fastinit.installed(), fastinit.fused(watch=True) as report:
         layer = nn.Linear(90, 80)
         assert init_is_replaced()
         ORIGINAL["ones_"](layer.weight)
@@ -481,7 +481,7 @@ def test_fused_in_installed_records() -> None:
 
 
 def test_installed_in_fused_is_over_at_its_end() -> None:
-    with fastinit.fused() as report:
+    with fastinit.fused(watch=True) as report:
         with fastinit.installed():
             kaiming_normal_(nn.Linear(90, 80).weight)
         assert kaiming_normal_ is ORIGINAL["kaiming_normal_"]
@@ -504,7 +504,7 @@ def test_installed_in_a_block_and_still_after_it() -> None:
 
 def test_uninstalled_in_a_block() -> None:
     fastinit.install()
-    with fastinit.fused() as report:
+    with fastinit.fused(watch=True) as report:
         fastinit.uninstall()
         torch_init.normal_(torch.empty(5000))
     assert report.recorded_elements == 5000

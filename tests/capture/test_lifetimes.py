@@ -134,12 +134,12 @@ def test_loops_do_not_grow(make: Callable[[torch.Tensor], Any]) -> None:
     def repeat(times: int) -> list[int]:
         for _ in range(times):
             make(t)
-        memories = capture.storages.all()
+        memories = capture.pending.known.values()
         lengths = [len(x) for m in memories for x in (m.fills, m.written)]
-        kept = [x for y in (capture, capture.storages, report) for x in vars(y).values()]
+        kept = [x for y in (capture, capture.pending, report) for x in vars(y).values()]
         return [sum(lengths), *(len(x) for x in kept if isinstance(x, (list, dict, set)))]
 
-    with fastinit.fused() as report:
+    with fastinit.fused(watch=True) as report:
         capture: Any = recording.this_thread.recorder
         t = torch.empty(N)
         # Until the table of storages has been purged, and the list of early reads is full.
@@ -158,7 +158,7 @@ def test_nothing_is_kept_alive(how: str, seed: int | None) -> None:
         return nn.Sequential(nn.Linear(100, 100), nn.Linear(3, 3))
 
     if how == "fused":
-        with fused(seed=seed) as report:
+        with fused(seed=seed, watch=True) as report:
             model = make()
     elif how == "init_model_":
         model = make()

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("large_from_4096")
 
 
 def assorted() -> tuple[Report, list[Any]]:
-    with fused() as report:
+    with fused(watch=True) as report:
         model = nn.Module()
         model.encoder = nn.TransformerEncoder(
             nn.TransformerEncoderLayer(64, 2, 96), 4, enable_nested_tensor=False
@@ -70,7 +70,7 @@ def test_the_table_fits(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_layers_are_grouped() -> None:
     """Those that differ in their number only; not if shape, dtype or call differ."""
-    with fused() as report:
+    with fused(watch=True) as report:
         layers = nn.ModuleList([nn.Linear(90, 80, bias=False) for _ in range(12)])
         layers.append(nn.Linear(90, 81, bias=False))
         layers.append(nn.Linear(90, 80, bias=False, dtype=BF16))
@@ -85,7 +85,7 @@ def test_layers_are_grouped() -> None:
 
 def test_a_single_layer_keeps_its_number() -> None:
     """`0.weight` is a name; `*.weight` is a group."""
-    with fused() as report:
+    with fused(watch=True) as report:
         model = nn.Sequential(nn.Linear(90, 80), nn.ReLU(), nn.Linear(80, 90))
     text = str(report)
     assert "  0.weight  80x90" in text
@@ -122,7 +122,7 @@ def deep() -> nn.Module:
 @pytest.mark.parametrize("columns", [60, 80, 120])
 def test_it_fits(columns: int, seed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         model = deep()
         torch.randperm(3)
         torch.empty(3).exponential_()
@@ -141,7 +141,7 @@ def test_it_fits(columns: int, seed: int | None, monkeypatch: pytest.MonkeyPatch
 
 
 def test_scalars_have_a_shape() -> None:
-    with fused() as report:
+    with fused(watch=True) as report:
         model = holder(torch.empty(()))
     line = next(x for x in str(report).split("\n") if " w " in x)
     assert line.split()[1] != "float32"
@@ -153,7 +153,7 @@ def test_scalars_have_a_shape() -> None:
 
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tqdm", reason="tqdm is not installed")
-    with fused(progress=True) as report:
+    with fused(progress=True, watch=True) as report:
         kept = [torch.empty(5000).normal_(), torch.empty(70, 80).uniform_()]
         kept[1][3].zero_()
         kept[0].sum()  # early writes have no bar
@@ -167,7 +167,7 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_progress_without_anything_to_write(capsys: pytest.CaptureFixture[str]) -> None:
-    with fused(progress=True):
+    with fused(progress=True, watch=True):
         torch.empty(5000).normal_()  # freed
     assert "100%" not in capsys.readouterr().err
 
@@ -186,7 +186,7 @@ def test_progress_without_tqdm(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without)
     torch.manual_seed(3)
-    with fused(progress=True) as report:
+    with fused(progress=True, watch=True) as report:
         t = torch.empty(5000).normal_()
     monkeypatch.undo()
     assert capsys.readouterr() == ("", "")
@@ -200,7 +200,7 @@ def test_progress_changes_no_bits(capsys: pytest.CaptureFixture[str]) -> None:
     seen = []
     for progress in (False, True):
         torch.manual_seed(8)
-        with fused(progress=progress):
+        with fused(progress=progress, watch=True):
             model = [torch.empty(1 << 22).normal_() for _ in range(6)]
             for t in model:
                 t[:5000].uniform_()
@@ -211,7 +211,7 @@ def test_progress_changes_no_bits(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_progress_of_a_decorated_function(capsys: pytest.CaptureFixture[str]) -> None:
-    @fused(progress=True)
+    @fused(progress=True, watch=True)
     def make() -> nn.Module:
         return nn.Linear(90, 80)
 

@@ -66,7 +66,7 @@ EXPECTED = [
 
 
 def test_names_of_nested_modules() -> None:
-    with fused() as report:
+    with fused(watch=True) as report:
         model = Model()
     assert sorted(names(report)) == sorted(EXPECTED)
     shapes = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -78,7 +78,7 @@ def test_names_of_nested_modules() -> None:
 
 
 def test_names_are_those_of_the_outermost_module() -> None:
-    with fused() as report:
+    with fused(watch=True) as report:
         model = nn.Sequential(nn.Linear(90, 80))
         outer = nn.ModuleDict({"inner": model})
     assert names(report) == ["inner.0.weight"]
@@ -86,7 +86,7 @@ def test_names_are_those_of_the_outermost_module() -> None:
 
 
 def test_two_models_in_one_scope() -> None:
-    with fused() as report:
+    with fused(watch=True) as report:
         one, two = nn.Linear(90, 80), nn.Linear(80, 90)
     assert [(row.name, row.shape) for row in rows(report)] == [
         ("weight", (80, 90)),
@@ -96,7 +96,7 @@ def test_two_models_in_one_scope() -> None:
 
 
 def test_modules_that_are_removed() -> None:
-    with fused() as report:
+    with fused(watch=True) as report:
         model = nn.Sequential(nn.Linear(90, 80), nn.Linear(80, 70), nn.Linear(70, 60))
         del model[1]
         model[1].weight = None
@@ -108,7 +108,7 @@ def test_modules_that_are_removed() -> None:
 
 
 def test_modules_that_are_renamed() -> None:
-    with fused() as report:
+    with fused(watch=True) as report:
         model = nn.Module()
         model.old = nn.Linear(90, 80)
         model.new = model.old
@@ -117,7 +117,7 @@ def test_modules_that_are_renamed() -> None:
 
 
 def test_parameters_that_are_replaced() -> None:
-    with fused() as report:
+    with fused(watch=True) as report:
         model = nn.Linear(90, 80)
         first = model.weight
         model.weight = nn.Parameter(torch.empty(90, 80).uniform_(-1, 1))
@@ -126,7 +126,7 @@ def test_parameters_that_are_replaced() -> None:
 
 
 def test_buffers_and_copies() -> None:
-    with fused() as report:
+    with fused(watch=True) as report:
         model = nn.Linear(90, 80)
         model.register_buffer("hidden", torch.full((5000,), 2.0), persistent=False)
         twin = copy.deepcopy(nn.Linear(90, 80))
@@ -141,7 +141,7 @@ def test_buffers_and_copies() -> None:
 def test_names_are_looked_up_when_asked_for() -> None:
     """A model that is put together after the scope has the names of then, if its parts are known;
     what died since is no longer shown."""
-    with fused() as report:
+    with fused(watch=True) as report:
         parts = [nn.Linear(90, 80), nn.Linear(80, 70)]
         loose = torch.empty(5000).normal_()
     assert names(report) == ["weight", "~1.weight", ""]
@@ -198,7 +198,7 @@ CALLS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_calls(name: str) -> None:
     call, expected = CALLS[name]
-    with fused() as report:
+    with fused(watch=True) as report:
         model = nn.Module()
         model.w = nn.Parameter(torch.empty(80, 90))
         with torch.no_grad():
@@ -209,7 +209,7 @@ def test_calls(name: str) -> None:
 
 def test_only_what_is_left_counts() -> None:
     """Calls that were overwritten are not shown; those on top of each other are, in order."""
-    with fused() as report:
+    with fused(watch=True) as report:
         table = nn.Embedding(90, 80)
         torch_init.xavier_normal_(table.weight)
         torch_init.uniform_(table.weight, -1, 1)
@@ -243,7 +243,7 @@ UNSEEN = {"scale", "temperature", "ids", "batch.num_batches_tracked"}  # no fill
 
 @each_seed
 def test_rows(seed: int | None) -> None:
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         model = Everything()
     rows = {row.name: row for row in report.rows()}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -275,7 +275,7 @@ def test_rows(seed: int | None) -> None:
 @each_seed
 @each_size
 def test_rows_of_what_was_exposed(n: int, seed: int | None) -> None:
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         model = holder(torch.empty(n, n))
         model.w.data_ptr()
         torch_init.zeros_(model.w)
@@ -285,7 +285,7 @@ def test_rows_of_what_was_exposed(n: int, seed: int | None) -> None:
 @each_seed
 def test_changes_show(seed: int | None) -> None:
     """A law that no longer holds is not all there is."""
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         model = holder(torch.empty(4, 4))
         torch_init.normal_(model.w)
         model.w.data.mul_(0.5)
@@ -293,7 +293,7 @@ def test_changes_show(seed: int | None) -> None:
     assert row.written_by[0] == "normal_(mean=0, std=1)"
     assert len(row.written_by) == len(row.laws) == 2
     assert "mul_" in row.written_by[1]
-    assert row.key == ("" if seed is None else "#block.0")
+    assert row.key == ("" if seed is None else "w")
 
 
 # ---- tied, repeated ----
@@ -309,7 +309,7 @@ class Pair(nn.Module):
 
 @each_seed
 def test_tied(seed: int | None) -> None:
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         model = Pair()
     assert [set(names) for names in report.tied] == [{"a.weight", "b.weight", "c"}]
     report = init_model_(model, seed=seed)
@@ -319,7 +319,7 @@ def test_tied(seed: int | None) -> None:
     assert [set(names) for names in materialize_(meta, seed=seed).tied] == [
         {"a.weight", "b.weight", "c"}
     ]
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         other = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     assert report.tied == []
     assert other
@@ -332,7 +332,7 @@ def named(model: nn.Module) -> list[tuple[str, Tensor]]:
 @each_seed
 def test_tied_and_unwritten(seed: int | None) -> None:
     """Counted once."""
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         model = nn.Module()
         model.a = nn.Parameter(torch.empty(3))
         model.b = model.a
@@ -345,7 +345,7 @@ def test_tied_and_unwritten(seed: int | None) -> None:
 @each_size
 def test_repeated(n: int, seed: int | None) -> None:
     """Asked for twice as a whole; the same with a seed, and in any size."""
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         model = nn.Module()
         model.once = nn.Linear(n, n)
         model.twice = nn.Linear(n, n)

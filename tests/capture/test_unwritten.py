@@ -54,7 +54,7 @@ EMPTY: dict[str, Callable[[int], Tensor]] = {
 @each_size
 @pytest.mark.parametrize("name", EMPTY)
 def test_unwritten(name: str, n: int, seed: int | None) -> None:
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         model = nn.Sequential(nn.Linear(3, 3), holder(EMPTY[name](n)))
     assert report.unwritten == ["1.w"]
     with pytest.raises(RuntimeError, match=r"1 tensors were never initialised: 1\.w$"):
@@ -139,7 +139,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("name", WRITES)
 def test_written(name: str, n: int, seed: int | None) -> None:
     """By whatever means: no false alarm. What it is called is another matter."""
-    with fused(seed=seed) as report, torch.no_grad():
+    with fused(seed=seed, watch=True) as report, torch.no_grad():
         model = holder(torch.empty(n, n))
         WRITES[name](model.w)
     assert report.unwritten == []
@@ -238,7 +238,7 @@ MADE: dict[str, Callable[[], Tensor]] = {
 @each_seed
 @pytest.mark.parametrize("name", MADE)
 def test_made_with_values(name: str, seed: int | None) -> None:
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         model = holder(MADE[name]())
     assert report.unwritten == []
     report.check()
@@ -248,7 +248,7 @@ def test_made_with_values(name: str, seed: int | None) -> None:
 @each_seed
 def test_constructors_forget_nothing(seed: int | None) -> None:
     for name, make in ZOO.items():
-        with fused(seed=seed) as report:
+        with fused(seed=seed, watch=True) as report:
             model = make()
         assert report.unwritten == [], name
         assert model is not None
@@ -256,10 +256,10 @@ def test_constructors_forget_nothing(seed: int | None) -> None:
 
 @each_seed
 def test_skipped_initialisation(seed: int | None) -> None:
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         model = cast(Any, torch).nn.utils.skip_init(nn.Linear, 4, 4)
     assert report.unwritten == ["weight", "bias"]
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         model = cast(Any, torch).nn.utils.skip_init(nn.Linear, 4, 4)
         torch_init.ones_(model.bias)
     assert report.unwritten == ["weight"]
@@ -267,7 +267,7 @@ def test_skipped_initialisation(seed: int | None) -> None:
 
 @each_seed
 def test_only_what_a_model_holds_counts(seed: int | None) -> None:
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         kept = [torch.empty(4, 4), torch.empty(100, 100), nn.Parameter(torch.empty(3))]
         model = nn.Linear(3, 3)
         model.register_buffer("b", torch.empty(3))
@@ -287,7 +287,7 @@ def test_an_exception_leaves_its_report(seed: int | None) -> None:
         raise KeyError
 
     def scope() -> None:
-        with fused(seed=seed) as report:
+        with fused(seed=seed, watch=True) as report:
             reports.append(report)
             half()
 
@@ -301,7 +301,7 @@ def test_an_exception_leaves_its_report(seed: int | None) -> None:
 @each_seed
 def test_temporaries_leave_no_traces(seed: int | None) -> None:
     """Ids of storages come again when tensors die."""
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         model = nn.Module()
         for i in range(300):
             for _ in range(10):
@@ -441,7 +441,7 @@ def test_names_of_what_materialize_left() -> None:
 
 def test_two_models_materialised_in_a_scope() -> None:
     one, two = on_meta(Computes), on_meta(lambda: nn.Linear(3, 3))
-    with fused() as report:
+    with fused(watch=True) as report:
         quietly(one)
         quietly(two)
     assert len(report.unwritten) == 1
@@ -451,7 +451,7 @@ def test_two_models_materialised_in_a_scope() -> None:
 
 def test_one_report_for_nested_scopes() -> None:
     model = nn.Linear(3, 3)
-    with fused() as report:
+    with fused(watch=True) as report:
         inner = init_model_(model)
         assert inner is report
         other = holder(torch.empty(3))
@@ -496,7 +496,7 @@ def test_odd_tensors(name: str, seed: int | None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ODD[name]()
-        with fused(seed=seed) as report:
+        with fused(seed=seed, watch=True) as report:
             kept = ODD[name]()
         str(report)
     assert kept is not None

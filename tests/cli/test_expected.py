@@ -85,7 +85,7 @@ def test_functions_of_torch(
     monkeypatch.setattr("fastinit.core.geometry.MIN_NATIVE", 1 << 20 if small else 8192)
     fill, shape = FUNCTIONS[name]
     torch.manual_seed(5)
-    with fused(seed=seed) as report:
+    with fused(seed=seed, watch=True) as report:
         model = nn.Module()
         model.w = nn.Parameter(torch.empty(shape))
         fill(model.w)

@@ -262,7 +262,7 @@ def test_small_tensors_go_to_torch(name: str, gpu: Gpu, monkeypatch: pytest.Monk
     getattr(made, name)(torch.empty(2, 3))
     made.run()  # of many together none is too small
     assert gpu.launches == [1, 1]
-    with fastinit.fused():
+    with fastinit.fused(watch=True):
         function(torch.empty(2, 3))
         kept = function(torch.empty(2, 3))
     assert sum(gpu.launches) == 2 + (2 if name == "trunc_normal_" else 1)  # or it died
@@ -274,11 +274,12 @@ def test_small_tensors_go_to_torch(name: str, gpu: Gpu, monkeypatch: pytest.Monk
 def test_small_tensors_wait_in_a_scope(
     module: Any, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is too small for single calls and on the CPU. Older ones do not wait: those that are
-    too small go to torch."""
+    """Whatever is too small for single calls and on the CPU. Older ones that others know do not
+    wait: those that are too small go to torch."""
     monkeypatch.setattr(geometry, "MIN_CUDA", 900)
     monkeypatch.setattr(geometry, "MIN_NATIVE", 1 << 13)
     older, small, large = nn.Linear(3, 2), torch.empty(899), torch.empty(900)
+    others = small[:1], large[:1]
     seen = []
     for fused in (True, False):
         gpu.place_defaults()
@@ -296,7 +297,7 @@ def test_small_tensors_wait_in_a_scope(
             assert gpu.launches == [1, 3, 2]
         else:
             older.reset_parameters()
-        made = (a, b, c, small.clone(), large.clone(), older.weight.detach().clone())
+        made = (*others, a, b, c, small.clone(), large.clone(), older.weight.detach().clone())
         seen.append({str(i): t.clone() for i, t in enumerate(made)} | gpu.states())
     gpu.assert_same(seen[1], seen[0], "small ones")
 

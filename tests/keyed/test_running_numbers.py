@@ -106,11 +106,11 @@ def test_lists_of_single_elements(name: str, shape: tuple[int, ...]) -> None:
 
 
 CHANGES: dict[str, Callable[[Tensor], Any]] = {
-    "mul_": lambda w: w.mul_(0.5),
+    "mul_": lambda w: w.mul_(torch.tensor(0.5)),
     "div_": lambda w: w.div_(w.norm()),
     "foreach": lambda w: torch._foreach_mul_([w], 2.0),
     "out": lambda w: torch.mul(w, 2, out=w),
-    "clamp_": lambda w: w.clamp_(0),
+    "clamp_": lambda w: w.clamp_(torch.tensor(0.0)),
     "tril_": lambda w: w.tril_(),
     "copy of rows": lambda w: w[2:].copy_(w[:2]),
     "flip": lambda w: w.copy_(w.flip(0)),

@@ -147,13 +147,13 @@ def test_keys_in_a_scope() -> None:
     """A Key says what it is, whatever the scope's seed."""
     for seed in (None, SEED, 5):
         for n in (5, 9000):
-            with fused(seed=seed) as report:
+            with fused(seed=seed, watch=True) as report:
                 model = nn.ParameterList([torch.empty(n), torch.empty(n), torch.empty(3)])
                 fastinit.normal_(model[0], generator=Key(3, "x"))
                 fastinit.uniform_(model[0][:2], generator=Key(4, "y"))
                 fastinit.normal_(model[2], generator=Key(3, "z").part((9,), (4,)))
                 fastinit.ones_(model[1])
-                doubled = model[0].detach() * 2
+                doubled = model[0].detach() * torch.tensor(2)
             expected = keyed("normal_", (n,), name="x", seed=3)
             expected[:2] = keyed("uniform_", (2,), name="y", seed=4)
             assert equal(model[0], expected)

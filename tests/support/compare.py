@@ -41,7 +41,7 @@ def use_own_factors(monkeypatch: pytest.MonkeyPatch) -> None:
         if type(a) is not torch.Tensor or a.dtype not in (F32, F64) or a.is_meta:
             return factor(a, *args)
         wide = not a.is_contiguous()  # torch has transposed it
-        q = (a.t() if wide else a) * 1  # is read, whoever watches
+        q = (a.t() if wide else a) * torch.ones(())  # is read, whoever watches
         if q.is_cuda:
             cuda_qr.orthonormalize([cuda_qr.Job(q, q, *q.shape, 1.0)])
         else:

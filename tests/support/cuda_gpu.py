@@ -240,7 +240,7 @@ class Gpu:
 
 
 def in_scope(fused: bool) -> AbstractContextManager[Any]:
-    return fastinit.fused() if fused else nullcontext()
+    return fastinit.fused(watch=True) if fused else nullcontext()
 
 
 def kinds() -> Iterator[tuple[str, torch.dtype, str]]:

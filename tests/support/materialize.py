@@ -12,7 +12,7 @@ from torch import nn
 import fastinit
 from tests.support.compare import assert_equal_seen, attempt
 from tests.support.models import model_state, on_meta, reset
-from tests.support.scopes import _full_of
+from tests.support.scopes import full_of
 
 Make = Callable[[], nn.Module]
 Fn = Callable[[nn.Module], Any]
@@ -49,7 +49,7 @@ def assert_materialized(
                 tie(model)
             return model.apply(fn or reset)
 
-        with _full_of(byte):
+        with full_of(byte):
             returned, failure, warned = attempt(run)
         assert not failure
         assert returned is model

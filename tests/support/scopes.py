@@ -37,6 +37,7 @@ _BYTES = (0x33, 0x88)  # what fresh memory is full of: the complement of the fir
 class Variant:
     before: bool = False  # what the case makes is made before the scope
     adopted: bool = False  # and may wait all the same, as in init_model_
+    late: bool = False  # the scope sees operators from its first fill only
     watched: bool = False  # what the case returns is also looked at inside the scope
     smallest: int = 0  # MIN_NATIVE: fills of fewer elements are not held back
     at: Position = field(default_factory=Position)
@@ -46,10 +47,13 @@ VARIANTS = {
     "inside": Variant(at=Position(words=3)),
     "before": Variant(before=True, at=Position(words=620, cached=True)),
     "adopted": Variant(before=True, adopted=True, at=Position(words=5)),
+    "late": Variant(late=True, at=Position(words=11)),
     "mixed": Variant(watched=True, smallest=300, at=Position(words=9, cached=True)),
 }
 
-AS_USERS_HAVE_IT = Variant(smallest=geometry.MIN_NATIVE, at=Position(words=620, cached=True))
+AS_USERS_HAVE_IT = Variant(
+    late=True, smallest=geometry.MIN_NATIVE, at=Position(words=620, cached=True)
+)
 N = 20_000  # elements that wait whoever asks; in AS_USERS_HAVE_IT small tensors do not
 
 
@@ -73,7 +77,7 @@ class Scope:
 
     def fused(self) -> AbstractContextManager[Any]:
         """A scope of the case's own."""
-        return fastinit.fused() if self.captured else nullcontext()
+        return fastinit.fused(watch=True) if self.captured else nullcontext()
 
 
 Case = Callable[[Scope], Any]
@@ -88,7 +92,9 @@ class Cases(dict[str, Case]):
         return function
 
     def each(self, test: Callable[..., None]) -> Any:
-        by_variant = pytest.mark.parametrize("variant", slow_but(VARIANTS, "inside", "mixed"))
+        by_variant = pytest.mark.parametrize(
+            "variant", slow_but(VARIANTS, "inside", "late", "mixed")
+        )
         return pytest.mark.parametrize("name", list(self))(by_variant(test))
 
 
@@ -185,7 +191,8 @@ def _run(
 
     def body() -> Any:
         older = [t for x in scope.made for t in _tensors_of(x)] if variant.adopted else ()
-        with adopting(older) if captured and not own else nullcontext() as entered:
+        how = fastinit.fused() if variant.late else adopting(older)
+        with how if captured and not own else nullcontext() as entered:
             report.append(entered)
             returned = case(scope)
             seen["inside"] = _Seen((returned, scope.notes)) if variant.watched else {}

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a scope does without operators: it begins and ends, is asked for fills by the functions of
+fastinit, and told by hooks who reads memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastinit import execute
+from fastinit.capture import chains, hooks, operators
+from fastinit.capture.operators import leaves
+from fastinit.capture.pending import Memory, Pending, Stage, is_all
+from fastinit.capture.report import Report
+from fastinit.capture.threads import Others
+from fastinit.capture.waiting import Cast, Chain
+from fastinit.capture.written import Written, caller
+from fastinit.core import geometry, recording, shard, source, torch_api
+from fastinit.core.fill import Caller, Drawn, Fill
+from fastinit.core.geometry import is_plain, storage_id
+from fastinit.core.laws import Law
+from fastinit.core.mode import Mode
+from fastinit.core.recording import Call, Recorder
+
+
+class Scope(Mode, Recorder):
+    """Records the fills of one thread, from the first that is worth it. capture.py has the rest."""
+
+    is_told = True
+    is_idle = True
+    of_any_size = False  # even small fills are worth a record
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self.report = report
+        self.watch: Callable[[Tensor], None] | None = None  # told what is filled without operators
+        self.pending = Pending(report, self._write, self.of_any_size)
+        self._scratch: Tensor | None = None  # for a generator's state
+        self._others = Others()  # may read what waits
+        self._at_entry = torch_api.keys()
+
+    # ---- from the first fill that is worth it to the end of the scope ----------------------------
+
+    def begin(self) -> bool:
+        """Put the mode on torch's stack if that is as it was when the scope began."""
+        if self.is_idle and self._may_begin():
+            hooks.begin_registering()
+            self.__enter__()  # type: ignore[no-untyped-call]
+            self.modes, self.is_idle = 1, False
+            self.report.begin()
+        return not self.is_idle
+
+    def _may_begin(self) -> bool:
+        """Return whether the mode would be seen until the scope ends.
+
+        A guard that was entered in the scope may take it off the stack, or away from torch's eyes,
+        when it leaves; hooks.py begins before inference mode, which cannot be told from its keys.
+        """
+        return (
+            torch_api.nobody_watches(0, functions=True)
+            and torch_api.keys() == self._at_entry
+            and torch_api.in_backward() < 0
+            and not torch.compiler.is_compiling()
+        )
+
+    def close(self) -> None:
+        """Write what still waits: the scope is over."""
+        try:
+            self.settle()
+        except KeyboardInterrupt:
+            self.settle()  # a second one does leave tensors unwritten
+            raise
+        finally:
+            self.pending.purge()
+            self.report.close(self.pending.known, self.pending.are_ours())
+
+    def leave(self) -> None:
+        """Take the mode off torch's stack."""
+        if not self.is_idle:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self.modes, self.is_idle = 0, True
+            hooks.end_registering()
+
+    # ---- fills -----------------------------------------------------------------------------------
+
+    def expect(self, t: Tensor, function: str) -> None:
+        """Begin with the first fill that is worth it, and let a tensor wait that may."""
+        if type(t) not in geometry.PLAIN:
+            t = shard.local(t)  # of a DTensor, whose operators come back for this rank's part
+            if type(t) not in geometry.PLAIN:
+                return
+        with contextlib.nullcontext() if torch_api.function_modes() == 0 else _unseen():
+            if self.is_idle:
+                if not (geometry.is_worth_watching(t, function) and self.begin()):
+                    return
+            elif not geometry.is_worth(t, function):
+                return
+            seen = is_plain(t) and torch_api.transform() is None  # whose tensors have no storage
+            if (
+                seen
+                and not self.pending.knows(t)
+                and torch_api.is_its_own(t)
+                and not torch_api.are_hidden()
+            ):
+                self.adopt(t)
+
+    def adopt(self, t: Tensor) -> None:
+        """Let the fills of a tensor's storage wait, since nobody else knows it."""
+        self.pending.adopt(t)
+
+    def takes(self, t: Tensor, function: str) -> bool:
+        """Return whether a fill is worth a record: on a GPU small ones, too, if they may wait."""
+        device = geometry.device_of(t)
+        if device < 0:
+            return geometry.is_worth(t, function)
+        return t.numel() >= geometry.least(device) or self.pending.find(t) is not None
+
+    def add(self, fills: list[Fill], law: Law) -> None:
+        """Record fills of fastinit's own functions, which come without an operator."""
+        for fill in fills:
+            t, by = fill.tensor, caller()
+            if self.watch is not None:
+                self.watch(t)
+            memory = self.pending.find(t)
+            if memory is not None:
+                if fill.op == "trunc_normal" and fill.is_dense:
+                    start = int(t.storage_offset()) * t.element_size()
+                    self.pending.overwrite(memory, (start, start + t.nbytes))
+                bumps = fill.bumps
+                if self._record(memory, fill, by):
+                    torch.autograd.graph.increment_version([t] * bumps)
+                    continue
+                self.read(t, fill.op)
+            self._at_once(t, fill, by)
+            execute.run([fill], False)
+
+    def _record(self, memory: Memory, fill: Fill, by: Caller | None) -> bool:
+        """Let a fill wait; return False if it cannot."""
+        if fill.device >= 0 and not geometry.is_here(fill.tensor):  # a graph is captured
+            return False
+        if fill.drawn.op in ("normal_pairs", "trunc_normal") or not self._may_wait():
+            return False
+        if self._scratch is None:
+            with torch_api.DisableTorchFunction():
+                self._scratch = torch.empty(source.STATE_SIZE, dtype=torch.uint8, device="cpu")
+        self.pending.push(memory, execute.draw_ahead(fill, self._scratch, by))
+        return True
+
+    def _at_once(self, t: Tensor, fill: Fill, by: Caller | None) -> None:
+        """Note what is about to be written, since it cannot wait."""
+        self.report.at_once_elements += fill.items
+        extent = geometry.in_storage(t)
+        how = (fill.op, fill.a, fill.b, fill.items, t.dtype, extent, by, fill.bounds, fill.scale)
+        self.pending.wrote(t, Written(*how))
+
+    def call(self, call: Call) -> None:
+        """Make a call that fastinit leaves to torch, in most cases because it is small.
+
+        A way through the mode costs each of its operators 3 us, so it is made without if possible.
+        """
+        tensor = call.tensor
+        if (
+            not recording.modes_allow()  # first: a function mode would see the others
+            or self.watch is not None
+            or not is_plain(tensor)
+            or not geometry.is_here(tensor)
+            or tensor.is_inference()  # has no version to see by whether something was written
+            or any(isinstance(x, Tensor) for x in call.args)
+        ):
+            call()
+            return
+        memory = self.pending.filled.get(storage_id(tensor))
+        overwrites = call.name.startswith("orthogonal")
+        if memory is None or (overwrites and is_all(tensor)):
+            if self.pending.notes(tensor):
+                self.pending.wrote(tensor, Written.small(tensor, call.name, 0.0, 0.0, caller()))
+            version = 0 if memory is None else tensor._version
+            try:
+                with torch_api.DisableTorchDispatch():
+                    call()
+            finally:  # it may fail before or after it has written
+                if memory is not None and tensor._version != version:
+                    self.pending.forget(memory)
+        else:
+            call()
+
+    # ---- what hooks.py reports -------------------------------------------------------------------
+
+    def hold(self, module: nn.Module, name: str, value: object) -> None:
+        self.report.hold(module, name, value)
+
+    def read(self, t: Tensor, how: str) -> None:
+        """Write what waits in a tensor that is about to be read without an operator."""
+        if self.pending.filled:
+            try:
+                self._settle_arguments(how, (t,), None)
+            except (NotImplementedError, RuntimeError):  # of a transform, without a storage
+                self.settle(how)
+
+    def expose(self, t: Tensor, how: str) -> None:
+        """Write what waits in a tensor whose address gets known; let no fill wait there."""
+        self.read(t, how)
+        if self.watch is not None and how.startswith("Tensor."):
+            self.watch(t)  # who has the address may write, too
+        if not isinstance(t, Tensor):
+            return
+        with contextlib.suppress(NotImplementedError, RuntimeError):
+            memory = self.pending.find_known(t) or self.pending.adopt(t)
+            if memory is not None:
+                memory.may_wait, memory.touched = False, True
+
+    def wrote_by(self, what: str, tensors: Iterable[Tensor], draws: bool) -> None:
+        """Note that something writes tensors without operators; `draws`: torch's numbers."""
+        for t in tensors:
+            self.pending.wrote(t)
+
+    def before(self, other: Thread | Future[Any] | None) -> None:
+        """Note that another thread may run what the scope gives it, until it ends."""
+        self.settle("a thread")
+        if other is not None:
+            self._others.add(other)
+
+    def _may_wait(self) -> bool:
+        """Return whether no other thread of the scope could read what waits."""
+        names = self._others.names()
+        if names:
+            self.report.threads.update(names)
+        return not names
+
+    @contextlib.contextmanager
+    def watched(self, by: Callable[[Tensor], None]) -> Iterator[None]:
+        """Have another mode on top of this one; `by` is told what is filled without operators."""
+        before = self.watch, self.modes
+        self.watch, self.modes = by, self.modes + 1
+        try:
+            yield
+        finally:
+            self.watch, self.modes = before
+
+    # ---- writing ---------------------------------------------------------------------------------
+
+    def settle(self, reader: object = None) -> None:
+        self.pending.settle(reader)
+
+    def _settle_arguments(self, func: Any, args: Any, kwargs: dict[str, Any] | None) -> None:
+        """Write what waits in the tensors an operator gets, or may know from elsewhere."""
+        if getattr(func, "namespace", "aten") not in ("aten", "prims"):
+            return self.settle(func)
+        read: dict[int, Memory] = {}
+        for x in leaves(args) if not kwargs else leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                if operators.is_fake(x):
+                    continue  # DTensor tries what an operator does to shapes
+                if not is_plain(x):
+                    return self.settle(func)  # might wrap any other
+                memory = self.pending.filled.get(storage_id(x))
+                if memory is not None:
+                    read[memory.storage_id] = memory
+        if read:
+            self.pending.settle(func, list(read.values()))
+
+    def _write(self, piece: Stage) -> None:
+        execute.run_ahead([(f, storage) for f, storage in piece if isinstance(f, Drawn)])
+        chains.run_chains([(f, storage) for f, storage in piece if isinstance(f, Chain)])
+        casts = [(f, storage) for f, storage in piece if isinstance(f, Cast)]
+        chains.run_casts(casts, self._write)
+
+
+def _unseen() -> Any:
+    return torch_api.DisableTorchFunction()
