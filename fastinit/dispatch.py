@@ -45,21 +45,22 @@ def write(
         moved: keywords that it does not have
         least: times as many elements as a random fill has to have to be worth a native call; 0: any
     """
-    if is_small(name, tensor, generator, least) and not moved:
-        return call_torch(ORIGINALS[name], name, tensor, args, generator)
+    recorder = recording.this_thread.recorder
+    if (
+        type(tensor) in geometry.PLAIN
+        and not torch_api.function_modes()  # which would see the look at the size
+        and not moved
+        and not isinstance(generator, Key)
+    ):
+        if recorder is None or (recorder.is_idle and tensor.is_cpu):
+            if tensor.numel() < least * geometry.MIN_NATIVE:
+                return call_torch(ORIGINALS[name], name, tensor, args, generator)
+        elif recorder.lets_pass(name, tensor, args):
+            with torch_api.DisableTorchDispatch():
+                return call_torch(ORIGINALS[name], name, tensor, args, generator)
     if written(name, tensor, args, generator, moved, least):
         return tensor
     return leave_to_torch(ORIGINALS[name], name, tensor, args, generator)
-
-
-def is_small(name: str, t: Any, generator: object, least: int) -> bool:
-    """Return whether nobody records, or not yet, and a call is not worth more than this look."""
-    recorder = recording.this_thread.recorder
-    if type(t) not in geometry.PLAIN or isinstance(generator, Key) or torch_api.function_modes():
-        return False
-    if recorder is None:
-        return bool(t.numel() < least * geometry.MIN_NATIVE)
-    return recorder.is_idle and not geometry.is_worth_watching(t, name)
 
 
 def call_torch(
@@ -145,12 +146,11 @@ def may_run_natively(name: str, t: Any, least: int) -> bool:
 
 def has_no_elements(t: Any, generator: Source) -> bool:
     """Return whether a plain tensor is empty and no part of a larger whole."""
-    is_part = isinstance(generator, Key) and generator.global_shape is not None
     return (
-        not is_part
-        and type(t) in geometry.PLAIN
+        type(t) in geometry.PLAIN
         and torch_api.function_modes() == 0
-        and bool(t.numel() == 0)
+        and t.numel() == 0
+        and not (isinstance(generator, Key) and generator.global_shape is not None)
     )
 
 

@@ -17,7 +17,7 @@ from fastinit.capture.keyed import KeyedCapture, SeededCapture
 from fastinit.capture.report import Report
 from fastinit.core import switch, torch_api
 from fastinit.core.key import Key
-from fastinit.core.recording import set_recorder, this_thread
+from fastinit.core.recording import set_recorder, this_thread, told
 
 
 class fused(ContextDecorator):
@@ -111,11 +111,16 @@ class fused(ContextDecorator):
 
     def _begin(self, report: Report) -> Capture:
         """Make this scope the outermost of the thread: stand-ins, recorder and mode."""
-        capture = KeyedCapture(report) if self._seed is None else SeededCapture(report, self._seed)
+        capture = (
+            KeyedCapture(report, None, self._watch)
+            if self._seed is None
+            else SeededCapture(report, self._seed)
+        )
         capture.orthogonal = self._orthogonal
         capture.pending.adopt_all(self._adopted)
         hooks.begin_scope()
         set_recorder(capture)
+        told.append(capture)
         if self._watch:
             capture.begin()
         return capture
@@ -133,6 +138,7 @@ class fused(ContextDecorator):
                 entered.close()
             finally:  # even if writing fails, the rest is undone
                 entered.leave()
+                told.remove(entered)
                 set_recorder(None)
                 hooks.end_scope()
         elif isinstance(outer, Capture):

@@ -49,7 +49,7 @@ def uninstall() -> None:
         if _installed == 0:
             _replace(list(sys.modules.values()), _THEIRS)
             if _scopes > 0:
-                _put_into_torch()
+                _put_into_torch(_PLACES if _recordings > 0 else _RARE)
 
 
 @contextmanager
@@ -63,12 +63,16 @@ def installed() -> Iterator[None]:
 
 
 def begin_scope() -> None:
-    """Let torch's own modules call fastinit's functions, in all threads, while any scope lasts."""
+    """Let torch's own modules call the functions that do more than one operator, in all threads.
+
+    Until `begin_recording` the others, by far more often called, stay torch's: what they draw is
+    seen by hooks of the tensors' methods.
+    """
     global _scopes, _modules_before
     with _lock:
         if _scopes == 0:
             _modules_before = len(sys.modules)
-            _put_into_torch()
+            _put_into_torch(_RARE)
         _scopes += 1
 
 
@@ -78,7 +82,25 @@ def end_scope() -> None:
     with _lock:
         _scopes -= 1
         if _scopes == 0 and _installed == 0:
-            _take_out_of_torch()
+            _take_out_of_torch(_RARE)
+
+
+def begin_recording() -> None:
+    """Let torch's own modules call all of fastinit's functions."""
+    global _recordings
+    with _lock:
+        if _recordings == 0:
+            _put_into_torch(_PLACES)
+        _recordings += 1
+
+
+def end_recording() -> None:
+    """End what one `begin_recording` began."""
+    global _recordings
+    with _lock:
+        _recordings -= 1
+        if _recordings == 0 and _installed == 0:
+            _take_out_of_torch(_OTHERS)
 
 
 # ---- the functions -------------------------------------------------------------------------------
@@ -104,13 +126,19 @@ _STAND_INS = {name: _stand_in(getattr(init, name)) for name in _ORIGINALS}
 _OURS = {id(_ORIGINALS[name]): _STAND_INS[name] for name in _ORIGINALS}
 _THEIRS = {id(_STAND_INS[name]): _ORIGINALS[name] for name in _ORIGINALS}
 # Where torch itself has them: a module's names, one of these, torch's function, ours.
-_PLACES: list[tuple[dict[str, Any], str, Any, Any]] = [
+_Place = tuple[dict[str, Any], str, Any, Any]
+_PLACES: list[_Place] = [
     (vars(module), name, value, _OURS[id(value)])
     for path, module in list(sys.modules.items())
     if path == "torch.nn.init" or path.startswith("torch.nn.modules.")
     for name, value in vars(module).items()
     if id(value) in _OURS
 ]
+
+
+_MANY = ("trunc_normal_", "_no_grad_trunc_normal_", "orthogonal_", "sparse_", "dirac_", "eye_")
+_RARE = [place for place in _PLACES if place[1] in _MANY]
+_OTHERS = [place for place in _PLACES if place[1] not in _MANY]
 
 
 def _replace(modules: Iterable[object], by: dict[int, Any]) -> None:
@@ -133,6 +161,7 @@ def _replace(modules: Iterable[object], by: dict[int, Any]) -> None:
 _lock = threading.RLock()
 _installed = 0  # calls of `install` that `uninstall` has not undone
 _scopes = 0  # that last
+_recordings = 0  # likewise
 _modules_before = 0  # modules that were loaded when the first of these began
 
 
@@ -144,14 +173,14 @@ def _renew_lock() -> None:  # in a forked child, where nobody is left to release
 os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _put_into_torch() -> None:
-    for names, name, theirs, ours in _PLACES:
+def _put_into_torch(places: list[_Place]) -> None:
+    for names, name, theirs, ours in places:
         if names.get(name) is theirs:
             names[name] = ours
 
 
-def _take_out_of_torch() -> None:
-    for names, name, theirs, ours in _PLACES:
+def _take_out_of_torch(places: list[_Place]) -> None:
+    for names, name, theirs, ours in places:
         if names.get(name) is ours:
             names[name] = theirs
     if len(sys.modules) > _modules_before:  # these have imported ours

@@ -97,8 +97,14 @@ class Capture(Scope):
 
     def _empty(self, func: Any, args: Any, kwargs: Kwargs) -> Any:
         out = func(*args, **kwargs)
-        if type(shard.local(out)) is Tensor and not kwargs.get("pin_memory"):
-            self.adopt(shard.local(out))
+        if type(out) is not Tensor:
+            here = shard.local(out)
+            if type(here) is Tensor:
+                self.adopt(here)
+        elif not kwargs.get("pin_memory") and (self.keeps_all or geometry.may_be_worth(out)):
+            memory = self.adopt(out)
+            if memory is not None and not self.keeps_all:
+                memory.touched |= not geometry.is_worth(out)  # not noted whether it is written
         return out
 
     def _factory(self, func: Any, args: Any, kwargs: Kwargs, spec: operators.Factory) -> Any:

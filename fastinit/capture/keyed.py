@@ -112,8 +112,8 @@ class Keys:
 class KeyedCapture(Capture):
     """Records fills with a Key of their own beside those with torch's numbers."""
 
-    def __init__(self, report: Report, seed: int | None = None) -> None:
-        super().__init__(report)
+    def __init__(self, report: Report, seed: int | None = None, keeps_all: bool = False) -> None:
+        super().__init__(report, keeps_all)
         self.seed = seed
         self._keys = Keys(report, seed)
 

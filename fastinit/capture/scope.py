@@ -36,9 +36,10 @@ class Scope(Mode, Recorder):
     is_idle = True
     of_any_size = False  # even small fills are worth a record
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, keeps_all: bool = False) -> None:
         super().__init__()
         self.report = report
+        self.keeps_all = keeps_all or self.of_any_size  # what is small is noted, too
         self.watch: Callable[[Tensor], None] | None = None  # told what is filled without operators
         self.pending = Pending(report, self._write, self.of_any_size)
         self._scratch: Tensor | None = None  # for a generator's state
@@ -50,7 +51,7 @@ class Scope(Mode, Recorder):
     def begin(self) -> bool:
         """Put the mode on torch's stack if that is as it was when the scope began."""
         if self.is_idle and self._may_begin():
-            hooks.begin_registering()
+            hooks.begin_recording()
             self.__enter__()  # type: ignore[no-untyped-call]
             self.modes, self.is_idle = 1, False
             self.report.begin()
@@ -85,7 +86,7 @@ class Scope(Mode, Recorder):
         if not self.is_idle:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.modes, self.is_idle = 0, True
-            hooks.end_registering()
+            hooks.end_recording()
 
     # ---- fills -----------------------------------------------------------------------------------
 
@@ -97,7 +98,7 @@ class Scope(Mode, Recorder):
                 return
         with contextlib.nullcontext() if torch_api.function_modes() == 0 else _unseen():
             if self.is_idle:
-                if not (geometry.is_worth_watching(t, function) and self.begin()):
+                if not (geometry.is_worth_watching(t) and self.begin()):
                     return
             elif not geometry.is_worth(t, function):
                 return
@@ -110,9 +111,23 @@ class Scope(Mode, Recorder):
             ):
                 self.adopt(t)
 
-    def adopt(self, t: Tensor) -> None:
+    def lets_pass(self, function: str, t: Tensor, args: tuple[Any, ...]) -> bool:
+        """Return whether nobody wants to know of a small call, or could be shown by it.
+
+        A way through the mode costs each of torch's operators 3 us.
+        """
+        if self.keeps_all or geometry.is_worth(t, function):
+            return False
+        return (
+            torch_api.nobody_watches(self.modes)
+            and t.layout is torch.strided
+            and storage_id(t) not in self.pending.filled
+            and not any(isinstance(x, Tensor) for x in args)
+        )
+
+    def adopt(self, t: Tensor) -> Memory | None:
         """Let the fills of a tensor's storage wait, since nobody else knows it."""
-        self.pending.adopt(t)
+        return self.pending.adopt(t)
 
     def takes(self, t: Tensor, function: str) -> bool:
         """Return whether a fill is worth a record: on a GPU small ones, too, if they may wait."""
@@ -225,6 +240,16 @@ class Scope(Mode, Recorder):
         self.settle("a thread")
         if other is not None:
             self._others.add(other)
+
+    def meanwhile(self, what: Thread | Future[Any] | Tensor) -> None:
+        """Let nothing wait while what a thread of the scope has started runs, nor where it reads."""
+        if not isinstance(what, Tensor):
+            self._others.add(what)
+            return
+        with contextlib.suppress(NotImplementedError, RuntimeError):
+            memory = self.pending.find_known(what) or self.pending.adopt(what)
+            if memory is not None:
+                memory.may_wait, memory.touched = False, True
 
     def _may_wait(self) -> bool:
         """Return whether no other thread of the scope could read what waits."""

@@ -14,11 +14,12 @@ from fastinit.core import kernels, torch_api
 MIN_NATIVE = 8192  # single calls on fewer elements go to torch, whose call costs less
 MIN_CUDA = 1 << 24  # the same on a GPU, where torch's call does not wait for its kernel
 
-# How many times as many elements a call has to have to be worth watching for, or a record, on the
-# CPU: by what torch takes for it (a matrix of 256 elements made orthogonal: 80 us; 8,192 elements
-# drawn: 30 us; filled: 2 us).
+# Elements on the CPU from which on a call is worth a record, in units of MIN_NATIVE, where torch
+# takes longer than for a fill: 80 us to make a matrix of 256 elements orthogonal.
 COST = {"orthogonal_": 1 / 32, "orthogonal_batched_": 1 / 32, "sparse_": 1 / 16, "dirac_": 1 / 16}
-BEGIN = 2  # times as many to watch at all, which makes all other operators slower
+# From which on a scope begins to watch, which takes about 50 us for each small layer that follows;
+# torch draws so many elements in 120 us.
+BEGIN = 4
 
 DTYPES = {  # what the kernels can write, and their code for it
     torch.float32: kernels.DTYPES["f32"],
@@ -91,10 +92,15 @@ def is_worth(t: Tensor, function: str = "") -> bool:
     return n >= MIN_NATIVE * COST.get(function, 1) or (n > 0 and device_of(t) >= 0)
 
 
-def is_worth_watching(t: Tensor, function: str) -> bool:
+def may_be_worth(t: Tensor) -> bool:
+    """Return whether some function's fill of a tensor would be worth a record."""
+    return t.numel() >= MIN_NATIVE * min(COST.values()) or not t.is_cpu
+
+
+def is_worth_watching(t: Tensor) -> bool:
     """Return whether a scope that has recorded nothing yet should begin to, with this fill."""
     n = t.numel()
-    if n < BEGIN * MIN_NATIVE * COST.get(function, 1) and t.is_cpu:
+    if n < BEGIN * MIN_NATIVE and t.is_cpu:
         return False
     return n > 0 and is_here(t)
 

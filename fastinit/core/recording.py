@@ -54,6 +54,10 @@ class Recorder:
         """Return whether a call of a function of torch.nn.init is worth a record."""
         return True
 
+    def lets_pass(self, function: str, t: Tensor, args: tuple[Any, ...]) -> bool:
+        """Return whether torch can do a small call for a plain tensor behind the recorder's back."""
+        return False
+
     def expect(self, t: Tensor, function: str) -> None:
         """Take note that Python code is about to fill a tensor; an idle recorder may begin."""
 
@@ -87,8 +91,14 @@ class Recorder:
     def before(self, other: threading.Thread | Future[Any] | None) -> None:
         """Another thread is about to run what this one gives it (None: a task with no future)."""
 
+    def meanwhile(self, what: threading.Thread | Future[Any] | Tensor) -> None:
+        """Take note of what another thread has started, or whose address it got to know."""
+
     def hold(self, module: nn.Module, name: str, value: object) -> None:
         """Take note that a module is about to get a parameter, a buffer or a child."""
+
+
+told: list[Recorder] = []  # of scopes that last, in all threads
 
 
 class _Local(threading.local):

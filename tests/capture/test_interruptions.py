@@ -78,20 +78,20 @@ def test_interrupted_writing(
 ) -> None:
     """The program may go on after KeyboardInterrupt, and must find the right values."""
     expected, state = eagerly(pending)
-    with fastinit.fused():
+    with fastinit.fused(watch=True):
         pending()  # all kinds have been proved
     owner = execute if function == "run_ahead" else kernels
     found: list[torch.Tensor] = []
     torch.manual_seed(3)
     if where == "end":
-        scope = fastinit.fused()
+        scope = fastinit.fused(watch=True)
         report = scope.__enter__()
         found += pending()
         raised = once(monkeypatch, owner, function, after, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             scope.__exit__(None, None, None)
     else:
-        with fastinit.fused() as report:
+        with fastinit.fused(watch=True) as report:
             found += pending()
             with pytest.MonkeyPatch.context() as patch:
                 raised = once(patch, owner, function, after, KeyboardInterrupt)
@@ -141,7 +141,7 @@ def test_interrupted_by_a_signal() -> None:
     hits = 0
     for attempt in range(100):
         torch.manual_seed(3)
-        with fastinit.fused():
+        with fastinit.fused(watch=True):
             t = filled()
             with interrupted_after(2e-4 * (1 + attempt % 25)) as hit:
                 t[5].item()

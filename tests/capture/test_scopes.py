@@ -17,6 +17,7 @@ import torch.nn.init as torch_init
 from torch import Tensor, nn
 
 import fastinit
+from fastinit.core import geometry
 from tests.support.compare import (
     attempt,
 )
@@ -178,8 +179,8 @@ def test_small_fills_are_not_held_back() -> None:
         torch.empty(fastinit.core.geometry.MIN_NATIVE - 1).normal_()
     assert report.recorded_elements == 0
     with fastinit.fused() as report:
-        w = torch.empty(2 * fastinit.core.geometry.MIN_NATIVE).normal_()  # worth a mode
-        v = torch.empty(fastinit.core.geometry.MIN_NATIVE).normal_()  # worth a record by then
+        w = torch.empty(geometry.BEGIN * geometry.MIN_NATIVE).normal_()  # worth a mode
+        v = torch.empty(geometry.MIN_NATIVE).normal_()  # worth a record by then
     assert report.recorded_elements == w.numel() + v.numel()
 
 
@@ -271,7 +272,7 @@ def test_modules_imported_in_the_scope(tmp_path: Path, monkeypatch: pytest.Monke
     try:
         with fastinit.fused() as report:
             module = importlib.import_module(name)
-            w = module.kaiming_uniform_(torch.empty(200, 100))
+            w = module.kaiming_uniform_(torch.empty(200, N // 200))
             assert report.recorded_elements == N
         assert (module.kaiming_uniform_, module.trunc, module.TABLE["orthogonal"]) == theirs
         assert module.kaiming_uniform_.__globals__ is vars(torch_init)

@@ -91,7 +91,7 @@ def test_launches_go_to_the_stream_they_were_asked_for_on(
 ) -> None:
     """Its memory may still be used by what that stream did before. The current one waits."""
     gpu.place_defaults()
-    with fastinit.fused():
+    with fastinit.fused(watch=True):
         tensors = []
         for i, handle in enumerate((5, 0, 9, 5, 5)):
             with streams.use(handle):

@@ -54,7 +54,7 @@ VARIANTS = {
 AS_USERS_HAVE_IT = Variant(
     late=True, smallest=geometry.MIN_NATIVE, at=Position(words=620, cached=True)
 )
-N = 20_000  # elements that wait whoever asks; in AS_USERS_HAVE_IT small tensors do not
+N = 40_000  # elements that wait whoever asks; in AS_USERS_HAVE_IT small tensors do not
 
 
 @dataclass
