@@ -136,7 +136,7 @@ def materialize_(
                 if getattr(m, name, None) is new[id(old)] and not watch.is_written(new[id(old)]):
                     setattr(m, name, old)
                     missing.append(path)
-    report.unwritten += dict.fromkeys(missing)
+    report.unwritten.extend(dict.fromkeys(missing))
     if missing:
         shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" * (len(missing) > 10))
         warnings.warn(

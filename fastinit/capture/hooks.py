@@ -90,10 +90,10 @@ def _filling(original: Callable[..., Any]) -> Callable[..., Any]:
         recorder = this_thread.recorder
         # Most are small: 0.5 us of the 4 that torch takes for a fill.
         if recorder is not None and not (
-            recorder.is_idle
-            and type(self) in geometry.PLAIN
+            type(self) in geometry.PLAIN
             and torch_api.function_modes() == 0
-            and not geometry.is_worth_watching(self)
+            and self.numel() < geometry.MIN_NATIVE
+            and self.is_cpu
         ):
             recorder.expect(self, "")
         return original(self, *args, **kwargs)

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastinit.capture.waiting import Chain, KeyedFill, Step, Waiting
-from fastinit.capture.written import Written
+from fastinit.capture.written import Written, named
 from fastinit.core import geometry, shard, torch_api
 from fastinit.core.fill import Drawn
 from fastinit.core.geometry import is_plain, storage_id
@@ -23,6 +23,16 @@ _MOST_PARTS = 1024  # pending keyed fills of one storage
 _MOST_STATES = 2048  # pending random fills, each with 5 KB of generator state
 _MOST_LAYERS = 64  # pending fills of one storage
 _MOST_STEPS = 64  # operators of one chain
+
+
+class SmallCall(NamedTuple):
+    """A call of a function of torch.nn.init that was left to torch."""
+
+    function: str
+    args: tuple[object, ...]
+    begin: int  # first byte in the storage
+    items: int
+    dtype: torch.dtype
 
 
 class Memory:
@@ -79,6 +89,15 @@ class Memory:
             self.written = list(kept)
         self.written.append(new)
 
+    def note_calls(self, calls: Iterable[SmallCall]) -> None:
+        """Remember what torch wrote, before what came later is remembered."""
+        for function, args, begin, items, dtype in calls:
+            self.touched = True
+            extent = (begin, begin + items * dtype.itemsize)
+            self.overwrites += extent == (0, self.nbytes)
+            how = Written(function, 0.0, 0.0, items, dtype, extent, named(function, args))
+            self.note(how, True)
+
     def settled(self) -> None:
         """Remember that all that waited has been written."""
         for fill in self.fills:
@@ -111,6 +130,20 @@ def is_all(t: Tensor) -> bool:
     return t.numel() * t.element_size() == geometry.storage_of(t).nbytes()
 
 
+class Stock(NamedTuple):
+    """What a scope leaves to its report."""
+
+    known: dict[int, Memory]  # by storage id
+    ours: frozenset[int]  # storages of the model that the report is about
+    calls: dict[int, list[SmallCall]]  # by storage id; not yet noted
+
+    def memories(self) -> dict[int, Memory]:
+        """Return the storages, with all that is remembered of them."""
+        for key in tuple(self.calls):
+            self.known[key].note_calls(self.calls.pop(key))
+        return self.known
+
+
 Stage = list[tuple[Waiting, torch.UntypedStorage]]
 
 
@@ -131,7 +164,10 @@ class Pending:
         # Storages of the caller's tensors, which may wait though they are older. Those not yet
         # filled are held, so that none gets another's id.
         self._adoptable: dict[int, torch.UntypedStorage] = {}
-        self._ours: set[int] = set()  # of the model that the report is about
+        # Tensors of the model that the report is about, by storage id; held, so that no other
+        # storage gets one.
+        self._ours: dict[int, Tensor] = {}
+        self._calls: dict[int, list[SmallCall]] = {}  # by storage id
         self._purge_at = 1024  # entries of `known`
 
     # ---- which may wait --------------------------------------------------------------------------
@@ -150,13 +186,12 @@ class Pending:
     def adopt_all(self, tensors: Iterable[Tensor]) -> None:
         """Do the same for many tensors, most of which will be filled."""
         for t in tensors:
-            here = shard.local(t)
+            here = t if type(t) in geometry.PLAIN else shard.local(t)
             if is_plain(here):
                 key = storage_id(here)
-                self._ours.add(key)
-                if (here.numel() > 0 if self._of_any_size else geometry.is_worth(here)) and (
-                    geometry.is_here(here)
-                ):
+                self._ours[key] = here
+                waits = here.numel() > 0 if self._of_any_size else geometry.may_be_worth(here)
+                if waits and geometry.is_here(here):
                     self._adoptable[key] = geometry.storage_of(here)
 
     def adopt_no_more(self) -> None:
@@ -200,6 +235,8 @@ class Pending:
             memory = self.known[storage_id(here)] = Memory(here, False)
         if memory is not None:
             memory.touched = True
+            if self._calls:
+                memory.note_calls(self._calls.pop(memory.storage_id, ()))
             if how is not None:
                 whole = how.items * here.element_size() == how.extent[1] - how.extent[0]
                 if overwrites and whole:
@@ -216,9 +253,28 @@ class Pending:
         memory = self.known.get(storage_id(t)) if is_plain(t) else None
         return memory is not None and not memory.touched
 
-    def are_ours(self) -> set[int]:
-        """Return the ids of the storages of the model that the report is about."""
-        return self._ours
+    def called(self, t: Tensor, function: str, args: tuple[object, ...]) -> None:
+        """Note that torch is about to do a small call for a plain tensor, if it matters."""
+        key = storage_id(t)
+        if key in self.known or key in self._ours:
+            begin = int(t.storage_offset()) * t.element_size()
+            if key in self.known:
+                self.known[key].touched = True
+            how = SmallCall(function, args, begin, t.numel(), t.dtype)
+            calls = self._calls.get(key)
+            if calls is None:
+                self._calls[key] = [how]
+            else:
+                calls.append(how)
+
+    def close(self) -> Stock:
+        """Return what is known at the end of the scope, without what could keep tensors alive."""
+        for key in self._calls:
+            if key not in self.known:
+                self.known[key] = Memory(self._ours[key], False)
+        stock = Stock(self.known, frozenset(self._ours), self._calls)
+        self._ours, self._calls = {}, {}
+        return stock
 
     # ---- order -----------------------------------------------------------------------------------
 
@@ -310,6 +366,8 @@ class Pending:
                     self._write(piece)
                     done(sum(fill.items for fill, _ in piece))
         for _, memory in todo:
+            if self._calls:
+                memory.note_calls(self._calls.pop(memory.storage_id, ()))
             memory.settled()
             if reader is not None:
                 memory.label = ""  # what is filled again has other numbers

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from fastinit.capture import table
 from fastinit.capture.names import named_tensors
-from fastinit.capture.pending import Memory
+from fastinit.capture.pending import Memory, Stock
 from fastinit.capture.waiting import Waiting
 from fastinit.capture.written import Written, line
 from fastinit.core import geometry, progress, shard
@@ -49,6 +50,17 @@ class Row(NamedTuple):
 
 
 @dataclass
+class _Stock:
+    """What a report knows of tensors, by their names."""
+
+    unwritten: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+    tied: list[tuple[str, ...]] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    memories: list[Memory] = field(default_factory=list)
+
+
+@dataclass
 class Report:
     """What happened in a scope, counted in elements. `print` it for a table."""
 
@@ -61,10 +73,6 @@ class Report:
     early: list[Early] = field(default_factory=list)
     reason: str = ""  # why nothing was captured, if so
     threads: set[str] = field(default_factory=set)  # whose running kept fills from waiting
-    unwritten: list[str] = field(default_factory=list)  # names of what nobody initialised
-    repeated: list[str] = field(default_factory=list)  # names of what was filled twice
-    tied: list[tuple[str, ...]] = field(default_factory=list)  # names of one tensor each
-    kept: list[str] = field(default_factory=list)  # names of buffers left as they were
     foreign: set[str] = field(default_factory=set)  # operators that drew from torch's generators
     progress: bool = False  # show a bar while writing what waited until the end
     prefix: str = ""  # of all names
@@ -75,7 +83,7 @@ class Report:
     held: int = 0  # registrations seen; names are looked up again when it changes
     # Storages of single elements among what was registered.
     registered: set[int] = field(default_factory=set, repr=False)
-    _memories: list[Memory] = field(default_factory=list, repr=False)
+    _left: Stock | None = field(default=None, repr=False)
     _modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict, repr=False)
 
     # ---- what capture.py tells -----------------------------------------------------------------
@@ -94,9 +102,22 @@ class Report:
         for module in reversed(found):
             self.hold(module, "", None)
 
-    def close(self, seen: dict[int, Memory], ours: Collection[int]) -> None:
-        """Take stock at the end of the scope: tensors are reported as they are now."""
-        self._memories += [m for m in seen.values() if m.written]
+    def close(self, left: Stock) -> None:
+        """Note, at the end of the scope, what is known of its storages."""
+        self._left = left
+
+    @functools.cached_property
+    def _stock(self) -> _Stock:
+        """What is known of the scope's storages, and of the tensors that are in them now.
+
+        It is looked up when it is asked for first: most reports are never read, and names of a
+        thousand small layers take as long as the layers.
+        """
+        stock = _Stock()
+        if self._left is None:
+            return stock
+        seen, ours = self._left.memories(), self._left.ours
+        stock.memories = [m for m in seen.values() if m.written]
         about = self.is_about_models
         groups: dict[int, list[str]] = {}
         for name, t in self.named_tensors():
@@ -110,7 +131,7 @@ class Report:
             memory = seen.get(geometry.storage_id(here))
             if memory is not None and memory.touched:  # most are
                 if memory.overwrites > 1:
-                    self.repeated.append(name)
+                    stock.repeated.append(name)
                 continue
             if here.is_meta or here.numel() == 0:
                 continue
@@ -119,8 +140,29 @@ class Report:
                 continue  # made by something else than `empty`
             is_kept = about and memory is None and not isinstance(t, nn.Parameter)
             is_kept |= self.is_about_new and memory is None
-            (self.kept if is_kept else self.unwritten).append(name)
-        self.tied += [tuple(names) for names in groups.values() if len(names) > 1]
+            (stock.kept if is_kept else stock.unwritten).append(name)
+        stock.tied += [tuple(names) for names in groups.values() if len(names) > 1]
+        return stock
+
+    @property
+    def unwritten(self) -> list[str]:
+        """Names of what nobody initialised."""
+        return self._stock.unwritten
+
+    @property
+    def repeated(self) -> list[str]:
+        """Names of what was filled twice."""
+        return self._stock.repeated
+
+    @property
+    def tied(self) -> list[tuple[str, ...]]:
+        """Names of one tensor each."""
+        return self._stock.tied
+
+    @property
+    def kept(self) -> list[str]:
+        """Names of buffers left as they were."""
+        return self._stock.kept
 
     def check(self) -> None:
         """Raise RuntimeError if something holds whatever was in its memory before.
@@ -206,7 +248,7 @@ class Report:
         """Return every tensor that was filled while it could wait, and still exists."""
         names = self._names()
         rows = []
-        for m in self._memories:
+        for m in self._stock.memories:
             if m.is_dead():
                 continue
             name, t = names.get(m.storage_id, ("", None))

@@ -54,7 +54,8 @@ class Scope(Mode, Recorder):
             hooks.begin_recording()
             self.__enter__()  # type: ignore[no-untyped-call]
             self.modes, self.is_idle = 1, False
-            self.report.begin()
+            if not self.report.is_about_models:
+                self.report.begin()
         return not self.is_idle
 
     def _may_begin(self) -> bool:
@@ -78,8 +79,7 @@ class Scope(Mode, Recorder):
             self.settle()  # a second one does leave tensors unwritten
             raise
         finally:
-            self.pending.purge()
-            self.report.close(self.pending.known, self.pending.are_ours())
+            self.report.close(self.pending.close())
 
     def leave(self) -> None:
         """Take the mode off torch's stack."""
@@ -116,14 +116,17 @@ class Scope(Mode, Recorder):
 
         A way through the mode costs each of torch's operators 3 us.
         """
-        if self.keeps_all or geometry.is_worth(t, function):
+        if self.seed is not None or self.watch is not None or geometry.is_worth(t, function):
             return False
-        return (
+        passes = (
             torch_api.nobody_watches(self.modes)
-            and t.layout is torch.strided
+            and t.is_contiguous()
             and storage_id(t) not in self.pending.filled
             and not any(isinstance(x, Tensor) for x in args)
         )
+        if passes and self.keeps_all:
+            self.pending.called(t, function, args)
+        return passes
 
     def adopt(self, t: Tensor) -> Memory | None:
         """Let the fills of a tensor's storage wait, since nobody else knows it."""
@@ -242,9 +245,13 @@ class Scope(Mode, Recorder):
             self._others.add(other)
 
     def meanwhile(self, what: Thread | Future[Any] | Tensor) -> None:
-        """Let nothing wait while what a thread of the scope has started runs, nor where it reads."""
+        """Let nothing wait while what a thread of the scope started runs, nor where it reads.
+
+        Only while one runs: other threads of the process may start what they like.
+        """
         if not isinstance(what, Tensor):
-            self._others.add(what)
+            if self._others.names():
+                self._others.add(what)
             return
         with contextlib.suppress(NotImplementedError, RuntimeError):
             memory = self.pending.find_known(what) or self.pending.adopt(what)

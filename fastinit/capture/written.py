@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,9 @@ _FUNCTIONS_OF = frozenset((nn.init.__file__, os.path.join(_HERE, "init.py")))
 _DISPATCH = os.path.join(_HERE, "dispatch.py")  # between a function of ours and one it calls
 _CALLS_WITHIN = _FUNCTIONS_OF | {_DISPATCH}
 _SHOWN = ("a", "b", "mean", "std", "val", "gain", "mode", "nonlinearity", "sparsity", "groups")
+
+
+_FUNCTIONS = {name: f for name, f in vars(nn.init).items() if isinstance(f, FunctionType)}
 
 
 class Written(NamedTuple):
@@ -74,6 +77,14 @@ def caller() -> Caller | None:
     names = [n for n in code.co_varnames[: code.co_argcount] if n in _SHOWN]
     plain = [(n, values[n]) for n in names if type(values[n]) in (int, float, str, bool)]
     return code.co_name, tuple(plain)
+
+
+def named(function: str, args: tuple[object, ...]) -> Caller:
+    """Return a call of a function of torch.nn.init, with its plain arguments by their names."""
+    code = _FUNCTIONS[function].__code__
+    names = zip(code.co_varnames[1 : code.co_argcount], args)
+    plain = [(n, x) for n, x in names if n in _SHOWN and type(x) in (int, float, str, bool)]
+    return function, tuple(plain)
 
 
 def line() -> str:

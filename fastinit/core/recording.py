@@ -55,7 +55,7 @@ class Recorder:
         return True
 
     def lets_pass(self, function: str, t: Tensor, args: tuple[Any, ...]) -> bool:
-        """Return whether torch can do a small call for a plain tensor behind the recorder's back."""
+        """Return whether torch can do a small call behind the recorder's back."""
         return False
 
     def expect(self, t: Tensor, function: str) -> None:
