@@ -32,19 +32,27 @@ class fused(ContextDecorator):
         orthogonal: "torch" or "native": who writes orthogonal_ in this scope, whatever
             `set_orthogonal` says; has no meaning with a seed
 
-    Inside, every in-place fill of a tensor that reaches torch, by whatever name, is recorded
-    instead of run; generators move on at once. A fill is written at the end of the scope, all of
-    them in one threaded pass (on a GPU in one kernel launch), or as soon as something could see it:
-    an operator, `.numpy()`, a new thread. It is never written if another fill overwrites it first
-    or its memory is freed. Small fills (on the CPU fewer than 8,192 elements), tensors made before
-    the scope and those on devices other than CPU and CUDA are filled when asked for. Afterwards
-    everything is as if the code had run without it: values, version counters, generators, warnings,
-    exceptions. If the code raises, what was asked for so far is written.
+    Until a fill is worth it (on the CPU 32,768 elements drawn by torch.nn.init, `uniform_` or
+    `normal_`; on a GPU any), nothing changes. From then on every in-place fill of a tensor that
+    reaches torch, by whatever name, is recorded instead of run, and so are pointwise operators
+    with numbers, conversions and copies of what waits; generators move on at once. All of it is
+    written at the end of the scope in one threaded pass (on a GPU in one kernel launch), or as soon
+    as something could see it: an operator, `.numpy()`, a new thread. It is never written if another
+    fill overwrites it first or its memory is freed. Small fills (on the CPU fewer than 8,192
+    elements), tensors from before whose memory somebody else knows, too, and those on devices other
+    than CPU and CUDA are filled when asked for. Afterwards everything is as if the code had run
+    without it: values, version counters, generators, warnings, exceptions. If the code raises, what
+    was asked for so far is written.
 
     Entering gives a `Report`. A scope inside another joins it. It is a decorator, too.
 
     Two readers are not seen: threads that ran before the scope, and native code that got a tensor
-    by other ways than an operator, `data_ptr()` and the like.
+    by other ways than an operator, `data_ptr()` and the like, or its address before the scope.
+
+    Raises:
+        RuntimeError: a seed, or a choice for orthogonal_, where nothing can be recorded (another
+            dispatch mode, a tracer or transform is active), or another than the scope around has.
+        ValueError: a seed that is none, or a choice that is neither.
 
         >>> import torch, fastinit
         >>> with fastinit.fused() as report:
