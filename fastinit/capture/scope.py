@@ -65,8 +65,7 @@ class Scope(Mode, Recorder):
         when it leaves; hooks.py begins before inference mode, which cannot be told from its keys.
         """
         return (
-            torch_api.nobody_watches(0, functions=True)
-            and torch_api.keys() == self._at_entry
+            torch_api.keys() == self._at_entry  # modes, transforms and tracers show there
             and torch_api.in_backward() < 0
             and not torch.compiler.is_compiling()
         )

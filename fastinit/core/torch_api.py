@@ -39,15 +39,13 @@ transform: Callable[[], object] = _C._functorch.peek_interpreter_stack  # functo
 tracing_state: Callable[[], object] = _C._get_tracing_state  # torch.jit.trace's; None: none
 
 
-def nobody_watches(dispatch: int, functions: bool = False) -> bool:
+def nobody_watches(dispatch: int) -> bool:
     """Return whether no mode, transform or tracer sees operators, but for so many dispatch modes.
-
-    `functions`: function modes do not matter.
 
     The last question is for the level of forward-mode differentiation.
     """
     return (
-        (functions or function_modes() == 0)
+        function_modes() == 0
         and dispatch_modes() == dispatch
         and transform() is None
         and tracing_state() is None

@@ -100,11 +100,12 @@ def test_inference_mode_in_the_scope(enabled: bool) -> None:
     """It puts dispatch keys back when it ends, and with them would hide the mode."""
     with fastinit.fused():
         with torch.inference_mode(enabled):
-            torch.empty(LARGE).normal_()
-        w = torch.empty(LARGE).normal_()
+            w = torch.empty(LARGE).normal_()
+        inside = w.sum().item(), (w.clone() + w).mean().item()
+        v = torch.empty(LARGE).normal_()
         assert watches()
-        inside = w.sum().item(), (w + 1).mean().item()
-    assert inside == (w.sum().item(), (w + 1).mean().item())
+        inside += (v.sum().item(),)
+    assert inside == (w.sum().item(), (w.clone() + w).mean().item(), v.sum().item())
 
 
 def test_not_in_a_backward_pass() -> None:

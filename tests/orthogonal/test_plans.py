@@ -155,7 +155,7 @@ def test_born_in_a_block(reading: bool) -> None:
     expected = born(reading)
     state = torch.get_rng_state()
     torch.manual_seed(9)
-    with fastinit.fused() as report:
+    with fastinit.fused(watch=True) as report:
         found = born(reading)
     assert torch.equal(torch.get_rng_state(), state)
     for a, b in zip(expected, found, strict=True):
