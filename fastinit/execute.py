@@ -174,7 +174,9 @@ def fill_keyed(law: Law, tensor: Tensor, key: Key) -> None:
     slabs = shard.slabs(tensor, key.global_shape, key.offset)
     philox, _ = key.take()  # also for what is empty here: every process counts alike
     if not tensor.is_meta and slabs:
-        run_keyed([Work(law, philox, shard.local(tensor), slabs)])
+        with kernels.undisturbed():
+            work = Work.of(law, philox, shard.local(tensor), slabs)
+        run_keyed([work])
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
 

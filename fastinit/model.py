@@ -250,8 +250,9 @@ class _Watch(Mode):
         if marks is None:
             marks = torch.zeros(geometry.storage_of(t).nbytes(), dtype=torch.uint8, device="cpu")
             self._partly[geometry.storage_id(t)] = marks
-        marks = marks.view(_BYTES[t.element_size()])
-        return marks.as_strided(t.shape, t.stride(), t.storage_offset())
+        offset, sizes, strides = geometry.in_reals(t)
+        marks = marks.view(_BYTES[t.element_size() // (2 if t.dtype.is_complex else 1)])
+        return marks.as_strided(sizes, strides, offset)
 
 
-_MARK = {1: 255, 2: -1, 4: -1, 8: -1}
+_MARK = {1: 255, 2: -1, 4: -1, 8: -1, 16: -1}

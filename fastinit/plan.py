@@ -298,7 +298,7 @@ class _Keyed:
         label = f"#{self._prefix}step.{number}" if found is None else "/" + found[0]
         slabs = None if found is None else found[1]
         slabs, t = shard.slabs(t) if slabs is None else slabs, here
-        work = Work(law, derived(self._seed, label), t, slabs)
+        work = Work.of(law, derived(self._seed, label), t, slabs)
         begin = geometry.address_of(t)
         extent = begin, begin + geometry.span(t) * t.element_size()
         fill = Fill(t, law.op, rank=0 if t.is_contiguous() else 1)

@@ -145,7 +145,7 @@ class Capture(Scope):
     def _out_of_place(self, func: Any, args: Any, kwargs: Kwargs) -> Any:
         """Make a copy of what waits, with a pointwise operator behind it."""
         t = args[0]
-        if self._waits_whole(t):
+        if self._waits_whole(t) and t.dtype in geometry.DTYPES:
             step = chains.step(operators.OUT_OF_PLACE[func], t.dtype, args[1:], kwargs)
             out = step and self._copied_whole(t, t.dtype)
             if out is not None and step:
@@ -186,7 +186,7 @@ class Capture(Scope):
         return (
             memory is not None
             and memory.says_all()
-            and t.dtype in geometry.DTYPES
+            and t.dtype in geometry.KEYED
             and is_all(t)
             and geometry.is_here(t)
             and not (t.requires_grad and torch.is_grad_enabled())
@@ -235,7 +235,7 @@ class Capture(Scope):
         other = self.pending.filled.get(storage_id(by))
         if other is None or other is memory or not self._may_wait() or not other.says_all():
             return False
-        if is_all(to) and is_all(by) and to.dtype in geometry.DTYPES:
+        if is_all(to) and is_all(by) and to.dtype in geometry.KEYED:
             self._copy_fills(other, memory, by, to.dtype)
             return True
         same = len(other.fills) == 1 and by.dtype is to.dtype

@@ -117,6 +117,8 @@ def _parts(cast: Cast) -> tuple[Drawn, tuple[Step, ...]] | None:
     fill, *chains = cast.source
     if not isinstance(fill, Drawn) or not execute.is_cuttable(fill):
         return None
+    if fill.items != cast.items:  # of complex numbers
+        return None
     steps: list[Step] = []
     for chain in chains:
         whole = isinstance(chain, Chain) and chain.items == cast.items

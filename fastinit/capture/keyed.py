@@ -162,7 +162,7 @@ class KeyedCapture(Capture):
             fill.fallback = shard.slabs(t) if shard.is_distributed(t) else None
             if labelled:
                 self._keys.label(here, law, fill.memory)
-        waits = memory is not None and here.dtype in geometry.DTYPES and self._may_wait()
+        waits = memory is not None and fill.dtype in geometry.DTYPES and self._may_wait()
         if memory is not None and waits and self._keys.may_wait(memory, here):
             self.pending.push(memory, fill)
             return
@@ -203,7 +203,7 @@ class KeyedCapture(Capture):
             or shard.overlaps(to)
         ):
             return super()._copy_single(memory, fill, to, by)
-        new = KeyedFill.of(to, fill.law, fill.caller)
+        new = KeyedFill.of(to, fill.asked[0], fill.caller)
         new.memory, new.identity = memory, fill.identity
         new.slabs, new.fallback = fill.slabs, fill.fallback
         fill.identity.members.append((memory, new.box))
@@ -280,7 +280,7 @@ class SeededCapture(KeyedCapture):
             if law is None:
                 return self._run(func, args, kwargs)
             out = self._empty(empty, args[:count], kwargs)
-        elif law is not None and operators.makes_native(args, kwargs, 1):
+        elif law is not None and operators.makes_native(args, kwargs, 1, geometry.KEYED):
             out = empty(*args[:count], **kwargs)
             self.adopt(out)
         else:

@@ -50,11 +50,12 @@ def _named_modules(
             yield from _named_modules(child, path if name == wrapped else f"{path}{name}.", seen)
 
 
-Box = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset in a storage, sizes and strides
+# Offset in a storage, sizes and strides; of a complex tensor those of its real and imaginary parts.
+Box = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 def box_of(t: Tensor) -> Box:
-    return int(t.storage_offset()), tuple(t.shape), t.stride()
+    return geometry.in_reals(t)
 
 
 class Names:
@@ -80,7 +81,7 @@ class Names:
         if exact is not None:
             return exact[0], shard.slabs(exact[1])
         for name, t in self._of.get(storage, ()):
-            begin = box[0] - int(shard.local(t).storage_offset())
+            begin = box[0] - box_of(shard.local(t))[0]
             found = shard.part(t, begin, *box[1:])
             if found is not None and law.is_of_shape:
                 return f"{name}[{min((s.index for s in found), default=0)}]", None

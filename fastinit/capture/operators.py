@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -200,7 +200,12 @@ REPLACE_MEMORY = tuple(
 )
 
 
-def makes_native(args: Any, kwargs: dict[str, Any], least: int) -> bool:
+def makes_native(
+    args: Any,
+    kwargs: dict[str, Any],
+    least: int,
+    dtypes: Collection[torch.dtype] = geometry.DTYPES,
+) -> bool:
     """Whether a factory makes a tensor that can be filled natively and is worth it.
 
     `least`: elements on the CPU that are.
@@ -225,7 +230,7 @@ def makes_native(args: Any, kwargs: dict[str, Any], least: int) -> bool:
     dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
     return (
         0 < items >= (least if where == "cpu" else 1)
-        and dtype in geometry.DTYPES
+        and dtype in dtypes
         and (where == "cpu" or (where == "cuda" and kernels.can_use_cuda()))
         and layout in (None, torch.strided)
         and (like is None or like.layout is torch.strided)
@@ -278,13 +283,16 @@ def is_fake(t: Any) -> bool:
 
 
 def converts(t: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Return whether _to_copy only changes the dtype, between those that the kernels write."""
+    """Return whether _to_copy only changes the dtype, between those that the kernels write.
+
+    Of complex numbers to real ones there is a warning.
+    """
     dtype = kwargs.get("dtype")
     device, layout = kwargs.get("device"), kwargs.get("memory_format")
     return (
-        dtype in geometry.DTYPES
+        dtype in geometry.KEYED
         and dtype is not t.dtype
-        and t.dtype in geometry.DTYPES
+        and t.dtype in (geometry.KEYED if dtype.is_complex else geometry.DTYPES)
         and (device is None or device == t.device)
         and kwargs.get("layout") in (None, torch.strided)
         and layout in (None, torch.preserve_format, torch.contiguous_format)
@@ -302,7 +310,8 @@ def copies_plainly(to: Tensor, by: Any) -> bool:
         and by.shape == to.shape
         and by.device == to.device
         and geometry.is_here(by)
-        and not any(x.is_complex() or x.is_quantized or x.is_neg() for x in (to, by))
+        and to.is_complex() == by.is_complex()
+        and not any(x.is_quantized or x.is_neg() or x.is_conj() for x in (to, by))
     )
 
 

@@ -53,13 +53,14 @@ class Place(NamedTuple):
 class KeyedFill:
     """A law for a part of a storage, whose key may not be known before it is written."""
 
-    law: Law
-    dtype: torch.dtype
+    law: Law  # of real numbers: the parts of complex ones
+    dtype: torch.dtype  # likewise
     box: Box  # in the storage, in elements
     extent: tuple[int, int]  # bytes of the storage: the first and the one behind the last
     is_dense: bool  # every byte of these is written
     items: int
     caller: Caller | None
+    asked: tuple[Law, torch.dtype]  # before complex numbers were taken apart
     memory: Owner | None = None  # whose name, or label, gives the key; None: it was given
     identity: Identity | None = None  # likewise
     slabs: Sequence[Slab] | None = None  # that were given, without a key
@@ -70,8 +71,11 @@ class KeyedFill:
     def of(cls, t: Tensor, law: Law, caller: Caller | None) -> KeyedFill:
         layout = geometry.layout_of(t)
         is_dense = layout is not None and layout[1] == 0
-        box, extent = box_of(t), geometry.in_storage(t)
-        return cls(law, t.dtype, box, extent, is_dense, t.numel(), caller)
+        box, extent, asked = box_of(t), geometry.in_storage(t), (law, t.dtype)
+        items, dtype = t.numel(), t.dtype
+        if dtype.is_complex:
+            law, dtype, items = law.of_parts(), dtype.to_real(), 2 * items
+        return cls(law, dtype, box, extent, is_dense, items, caller, asked)
 
     @property
     def op(self) -> str:
@@ -83,11 +87,12 @@ class KeyedFill:
 
     def written(self) -> Written:
         """Return what is remembered of it."""
-        op, numbers, _ = self.law
+        (op, numbers, _), dtype = self.asked
+        items = self.items * self.dtype.itemsize // dtype.itemsize
         a, b = (0.0, 0.0) if op == "diagonal" else (*numbers, 0.0)[:2]
         bounds = numbers[2:4] if op == "trunc_normal" else None
         key = self.place.label if self.place is not None and self.law.is_random else ""
-        how = (op, a, b, self.items, self.dtype, self.extent, self.caller)
+        how = (op, a, b, items, dtype, self.extent, self.caller)
         return Written(*how, bounds, numbers[0], key)
 
 

@@ -28,6 +28,8 @@ DTYPES = {  # what the kernels can write, and their code for it
     torch.float16: kernels.DTYPES["f16"],
 }
 
+# What the keyed stream can write: a complex number is its real and its imaginary part.
+KEYED = frozenset((*DTYPES, torch.complex32, torch.complex64, torch.complex128))
 
 _LARGEST = {torch.float16: 3e4}  # |numbers| up to here cannot leave the dtype's range,
 _LARGEST_OTHER = 1e37  # nor can the difference of two
@@ -53,6 +55,16 @@ storage_id = torch_api.storage_id  # what tensors over the same memory have in c
 def is_plain(t: object) -> TypeGuard[Tensor]:
     """Return whether a tensor's values are what is in its storage: no subclass, and strided."""
     return type(t) in PLAIN and t.layout is _STRIDED  # type: ignore[attr-defined]
+
+
+def in_reals(t: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Return storage offset, sizes and strides, of a complex tensor in its parts: as of what
+    view_as_real makes of it.
+    """
+    offset, sizes, strides = int(t.storage_offset()), tuple(t.shape), t.stride()
+    if not t.dtype.is_complex:
+        return offset, sizes, strides
+    return 2 * offset, (*sizes, 2), (*(2 * stride for stride in strides), 1)
 
 
 def largest(dtype: torch.dtype) -> float:

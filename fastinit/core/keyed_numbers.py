@@ -13,8 +13,9 @@ from decimal import Context, Decimal
 from typing import Any
 
 import torch
+from torch.nn import init as torch_init
 
-from fastinit.core import laws
+from fastinit.core import kernels, laws
 from fastinit.core.laws import Law
 
 _SMALLEST_MASS = {torch.float64: 1e-300}  # inside [a, b], for trunc_normal; others: 1e-37
@@ -31,6 +32,9 @@ def checked(law: Law, dtype: torch.dtype) -> Law:
     """
     if law.op == "constant":
         return law
+    if dtype.is_complex:
+        _refuse_complex(law, dtype)
+        dtype = dtype.to_real()
     if law.is_random and not dtype.is_floating_point:
         raise NotImplementedError(f"{law.op}: the keyed stream has no numbers of type {dtype}")
     if law.op == "orthogonal":
@@ -67,6 +71,25 @@ def for_kernels(law: Law, dtype: torch.dtype) -> tuple[float, ...]:
     if law.op == "diagonal":
         return (0.0,)
     return tuple(map(float, law.numbers))
+
+
+_ONLY_REAL: dict[str, Any] = {
+    "orthogonal": torch_init.orthogonal_,
+    "trunc_normal": torch_init.trunc_normal_,
+}
+    "orthogonal": torch_init.orthogonal_,
+    "trunc_normal": torch_init.trunc_normal_,
+}
+
+
+def _refuse_complex(law: Law, dtype: torch.dtype) -> None:
+    """Raise for complex numbers what torch raises, if it does not know the law either."""
+    if law.op not in ("uniform", "normal", "diagonal"):
+        if law.op in _ONLY_REAL:
+            with kernels.undisturbed():
+                small = torch.empty((2, 2), dtype=dtype, device="cpu")
+                _ONLY_REAL[law.op](small, generator=torch.Generator())
+        raise NotImplementedError(f"{law.op}: the keyed stream has no numbers of type {dtype}")
 
 
 def _uniform(dtype: torch.dtype, a: float, b: float) -> tuple[float, float]:

@@ -61,6 +61,16 @@ class Law(NamedTuple):
         """Elements of the whole, if `is_of_all`."""
         return math.prod(self.shape[:2] if self.op == "sparse" else self.shape)
 
+    def of_parts(self) -> Law:
+        """Return the law of the real and imaginary parts of complex numbers that have this law."""
+        if self.op == "normal":  # as torch: both together have the variance
+            mean, std = self.numbers
+            return normal(mean, std / math.sqrt(2.0))
+        if self.op == "diagonal":
+            row, rows, ones, step, at, *rest = self.shape
+            return self._replace(shape=(2 * row, rows, ones, 2 * step, 2 * at, *rest))
+        return self
+
 
 def of(function: str, whole: Tensor, args: Sequence[Any]) -> Law:
     """Return the law of a function of torch.nn.init.

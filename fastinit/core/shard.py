@@ -2,7 +2,8 @@
 """Where the elements in this rank's memory stand in the whole parameter. Integers only.
 
 Nothing communicates, reads an element or calls an operator: tensors of any device will do, meta
-included, and dispatch modes see nothing.
+included, and dispatch modes see nothing. The elements of a complex tensor are its real and
+imaginary parts, as of what view_as_real makes of it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastinit.core import torch_api
-from fastinit.core.geometry import PLAIN
+from fastinit.core.geometry import PLAIN, in_reals
 
 MOST_DIMS = 5
 _GIVEN = "a DTensor knows its global shape and offset: neither can be given"
@@ -77,14 +78,17 @@ def slabs(
 ) -> list[Slab]:
     """Return the slabs of local(t); a plain t is the part at `offset` in a `global_shape`."""
     if global_shape is None and offset is None and type(t) in PLAIN and t.is_contiguous():
-        return [Slab(0, 0, ((t.numel(), 1, 1),))] if t.numel() else []  # most are like this
+        items = t.numel() * (2 if t.dtype.is_complex else 1)
+        return [Slab(0, 0, ((items, 1, 1),))] if items else []  # most are like this
     (whole, held), here = _held(t, global_shape, offset), local(t)
     if held is None or 0 in here.shape:
         return []
     if _layout(here.shape, here.stride()) is None:
         raise ValueError("elements of the tensor share memory: they have no index of their own")
     found, unit = [Slab(0, 0, ())], 1
-    for length, stride, runs in zip(whole[::-1], here.stride()[::-1], held[::-1]):
+    if here.dtype.is_complex:
+        whole, held = torch.Size((*whole, 2)), [*held, [range(2)]]
+    for length, stride, runs in zip(whole[::-1], in_reals(here)[2][::-1], held[::-1]):
         ways = list(_together(runs, stride, unit))
         found = [Slab(m + n, i + j, a + b) for m, i, a in found for n, j, b in ways]
         unit *= length
@@ -102,7 +106,7 @@ def part(p: Tensor, begin: int, sizes: Sequence[int], strides: Sequence[int]) ->
     found, here, region = slabs(p), local(p), _layout(sizes, strides)
     if region is None:
         return None
-    if found and begin == 0 and region == _layout(here.shape, here.stride()):
+    if found and begin == 0 and region == _layout(*in_reals(here)[1:]):
         return found
     return next(filter(None, (_inside(slab, begin, region) for slab in found)), None)
 

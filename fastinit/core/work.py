@@ -23,6 +23,13 @@ class Work(NamedTuple):
     tensor: Tensor  # plain memory
     slabs: Sequence[Slab]
 
+    @classmethod
+    def of(cls, law: Law, key: int, tensor: Tensor, slabs: Sequence[Slab]) -> Work:
+        """Return the work of a law for a tensor, which may be complex."""
+        if tensor.dtype.is_complex:
+            law, tensor = law.of_parts(), torch.view_as_real(tensor.detach())
+        return cls(law, key, tensor, slabs)
+
 
 class Batch:
     """Collects works of one native call or launch, and what has to be done behind it."""

@@ -127,20 +127,6 @@ def test_constants_are_torchs(dtype: torch.dtype, value: Any) -> None:
     assert seen[0] == seen[1]
 
 
-def test_complex_parameters() -> None:
-    """There are no such numbers; that is said at once, and nothing else suffers."""
-    with seeded():
-        model, other = holder(3, 3), holder(3, 3, dtype=torch.complex64)
-        torch_init.normal_(model.w)
-        with pytest.raises(NotImplementedError, match=r"no numbers of type torch\.complex64"):
-            torch_init.normal_(other.w)
-        with pytest.raises(NotImplementedError, match=r"no numbers of type torch\.complex64"):
-            other.w.data.normal_()
-        torch_init.ones_(other.w)
-    assert equal(model.w, keyed("normal_", (3, 3)))
-    assert (other.w == 1).all()
-
-
 def test_integers_and_bools() -> None:
     with seeded() as report:
         model: Any = nn.Module()
