@@ -77,9 +77,6 @@ _ONLY_REAL: dict[str, Any] = {
     "orthogonal": torch_init.orthogonal_,
     "trunc_normal": torch_init.trunc_normal_,
 }
-    "orthogonal": torch_init.orthogonal_,
-    "trunc_normal": torch_init.trunc_normal_,
-}
 
 
 def _refuse_complex(law: Law, dtype: torch.dtype) -> None:
