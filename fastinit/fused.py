@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable
 from contextlib import ContextDecorator
@@ -78,8 +79,8 @@ class fused(ContextDecorator):
         self._orthogonal = None if orthogonal is None else switch.checked(orthogonal)
         self._adopted: Iterable[Tensor] = ()
         self._model: nn.Module | None = None
-        self._entered: list[Capture | Report] = []
-        self._outer_orthogonal: list[str | None] = []
+        # What each entry began or joined; of one that was joined what it had for orthogonal_.
+        self._entered: list[tuple[Capture | Report, str | None]] = []
 
     def _recreate_cm(self) -> fused:  # of a decorated function, which may recurse or have threads
         how = {"progress": self._progress, "seed": self._seed, "prefix": self._prefix}
@@ -97,7 +98,10 @@ class fused(ContextDecorator):
             raise RuntimeError(f"a block with a seed has to see every operator: {report.reason}")
         if report.reason and self._orthogonal is not None:
             raise RuntimeError(f"a block with a choice for orthogonal_: {report.reason}")
-        self._entered.append(report if report.reason else self._begin(report))
+        if report.reason:
+            self._entered.append((report, None))
+        else:
+            self._begin(report)
         return report
 
     def _join(self, outer: Capture) -> Report:
@@ -110,14 +114,17 @@ class fused(ContextDecorator):
             raise RuntimeError("a block with a prefix inside a block with another or none")
         if self._watch:
             outer.begin()
-        self._outer_orthogonal.append(outer.orthogonal)
-        if self._orthogonal is not None:
-            outer.orthogonal = self._orthogonal
-        outer.pending.adopt_all(self._adopted)
-        self._entered.append(outer.report)
+        self._entered.append((outer.report, outer.orthogonal))
+        try:
+            if self._orthogonal is not None:
+                outer.orthogonal = self._orthogonal
+            outer.pending.adopt_all(self._adopted)
+        except BaseException:
+            self._leave()
+            raise
         return outer.report
 
-    def _begin(self, report: Report) -> Capture:
+    def _begin(self, report: Report) -> None:
         """Make this scope the outermost of the thread: stand-ins, recorder and mode."""
         capture = (
             KeyedCapture(report, None, self._watch)
@@ -126,12 +133,16 @@ class fused(ContextDecorator):
         )
         capture.orthogonal = self._orthogonal
         capture.pending.adopt_all(self._adopted)
-        hooks.begin_scope()
-        set_recorder(capture)
-        told.append(capture)
-        if self._watch:
-            capture.begin()
-        return capture
+        self._entered.append((capture, None))
+        try:
+            hooks.begin_scope(capture)
+            told.append(capture)
+            set_recorder(capture)
+            if self._watch:
+                capture.begin()
+        except BaseException:
+            self._leave()
+            raise
 
     def __exit__(
         self,
@@ -139,20 +150,42 @@ class fused(ContextDecorator):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        entered = self._entered.pop()
+        self._leave()
+
+    def __del__(self) -> None:
+        """Leave what a KeyboardInterrupt kept from being left, as soon as nobody handles it."""
+        while getattr(self, "_entered", None) and not sys.is_finalizing():
+            self._leave()
+
+    def _leave(self) -> None:
+        """Undo the last entry, or what has been done of it; an interrupted call may be repeated."""
+        entered, orthogonal = self._entered[-1]
         outer = this_thread.recorder
         if isinstance(entered, Capture):
             try:
-                entered.close()
+                if outer is entered and not entered.is_closed:
+                    entered.close()
+            except KeyboardInterrupt:
+                if not entered.is_closed:  # it came before `close` could deal with it, or after
+                    entered.close()
+                raise
             finally:  # even if writing fails, the rest is undone
-                entered.leave()
-                told.remove(entered)
-                set_recorder(None)
-                hooks.end_scope()
-        elif isinstance(outer, Capture):
-            outer.orthogonal = self._outer_orthogonal.pop()
+                _undo(entered)
+        elif isinstance(outer, Capture) and outer.report is entered:
+            outer.orthogonal = orthogonal
             if self._adopted:
                 outer.pending.adopt_no_more()
+        del self._entered[-1]
+
+
+def _undo(capture: Capture) -> None:
+    """Leave nothing of a scope in torch; may be called again."""
+    capture.leave()
+    hooks.end_scope(capture)
+    if capture in told:
+        told.remove(capture)
+    if this_thread.recorder is capture:
+        set_recorder(None)
 
 
 def _why_not() -> str:

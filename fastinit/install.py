@@ -48,8 +48,8 @@ def uninstall() -> None:
         _installed -= 1
         if _installed == 0:
             _replace(list(sys.modules.values()), _THEIRS)
-            if _scopes > 0:
-                _put_into_torch(_PLACES if _recordings > 0 else _RARE)
+            if _scopes:
+                _put_into_torch(_PLACES if _recordings else _RARE)
 
 
 @contextmanager
@@ -62,45 +62,42 @@ def installed() -> Iterator[None]:
         uninstall()
 
 
-def begin_scope() -> None:
+def begin_scope(owner: object) -> None:
     """Let torch's own modules call the functions that do more than one operator, in all threads.
 
     Until `begin_recording` the others, by far more often called, stay torch's: what they draw is
-    seen by hooks of the tensors' methods.
+    seen by hooks of the tensors' methods. This and the next three may be called again, as after an
+    interruption.
     """
-    global _scopes, _modules_before
+    global _modules_before
     with _lock:
-        if _scopes == 0:
+        if not _scopes:
             _modules_before = len(sys.modules)
-            _put_into_torch(_RARE)
-        _scopes += 1
+        _scopes.add(owner)  # first: what ends it undoes half of the rest, too
+        _put_into_torch(_RARE)
 
 
-def end_scope() -> None:
-    """End what one `begin_scope` began."""
-    global _scopes
+def end_scope(owner: object) -> None:
+    """End what `begin_scope` began."""
     with _lock:
-        _scopes -= 1
-        if _scopes == 0 and _installed == 0:
+        if _scopes == {owner} and _installed == 0:
             _take_out_of_torch(_RARE)
+        _scopes.discard(owner)  # last, for the same reason
 
 
-def begin_recording() -> None:
+def begin_recording(owner: object) -> None:
     """Let torch's own modules call all of fastinit's functions."""
-    global _recordings
     with _lock:
-        if _recordings == 0:
-            _put_into_torch(_PLACES)
-        _recordings += 1
+        _recordings.add(owner)
+        _put_into_torch(_PLACES)
 
 
-def end_recording() -> None:
-    """End what one `begin_recording` began."""
-    global _recordings
+def end_recording(owner: object) -> None:
+    """End what `begin_recording` began."""
     with _lock:
-        _recordings -= 1
-        if _recordings == 0 and _installed == 0:
+        if _recordings == {owner} and _installed == 0:
             _take_out_of_torch(_OTHERS)
+        _recordings.discard(owner)
 
 
 # ---- the functions -------------------------------------------------------------------------------
@@ -160,8 +157,8 @@ def _replace(modules: Iterable[object], by: dict[int, Any]) -> None:
 
 _lock = threading.RLock()
 _installed = 0  # calls of `install` that `uninstall` has not undone
-_scopes = 0  # that last
-_recordings = 0  # likewise
+_scopes: set[object] = set()  # that last
+_recordings: set[object] = set()  # likewise
 _modules_before = 0  # modules that were loaded when the first of these began
 
 

@@ -247,12 +247,16 @@ def record(model: nn.Module, fn: Fn | None = None) -> Plan:
     counted = tuple(t for t in tensors if not t.is_inference())
     versions = tuple(t._version for t in counted)
     generator = source.current(torch.default_generator)
-    recording.set_recorder(walk := Walk(made, made._append, tensors))
+    walk = Walk(made, made._append, tensors)
     try:
-        with hooked(), walk:
-            model_.apply(model, fn)
+        try:
+            recording.set_recorder(walk)
+            with hooked(), walk:
+                model_.apply(model, fn)
+        finally:
+            recording.set_recorder(None)
     finally:
-        recording.set_recorder(None)
+        recording.set_recorder(None)  # again: Ctrl-C may have come just before
         # In-place operators have counted up, though nothing was written.
         torch_api.set_versions(counted, versions)
     if source.current(torch.default_generator) != generator:

@@ -244,49 +244,62 @@ def _hook_methods() -> None:
 # ---- scopes --------------------------------------------------------------------------------------
 
 
-def begin_scope() -> None:
+def begin_scope(owner: object) -> None:
     """Let recorders be told what happens, in all threads."""
-    install.begin_scope()
+    install.begin_scope(owner)
     _hook_methods()
 
 
 end_scope = install.end_scope
 
 _lock = threading.RLock()
-_registering = 0  # recorders that want to know about modules
-_handles: list[Any] = []  # of the hooks in torch's modules, while there are any
+_registering: set[object] = set()  # recorders that want to know about modules
+_REGISTER = (
+    nn_module.register_module_parameter_registration_hook,
+    nn_module.register_module_buffer_registration_hook,
+    nn_module.register_module_module_registration_hook,
+)
+_handles: list[Any] = []  # of these hooks in torch's modules, while there are any
 
 
-def begin_recording() -> None:
+def begin_recording(owner: object) -> None:
     """Put all of fastinit into torch.nn.init, and tell recorders what modules get."""
-    global _registering
     with _lock:
-        if _registering == 0:
-            _handles.append(nn_module.register_module_parameter_registration_hook(_registered))
-            _handles.append(nn_module.register_module_buffer_registration_hook(_registered))
-            _handles.append(nn_module.register_module_module_registration_hook(_registered))
-        _registering += 1
-    install.begin_recording()
+        _registering.add(owner)
+        for register in _REGISTER[len(_handles) :]:
+            _handles.append(register(_registered))
+    install.begin_recording(owner)
 
 
-def end_recording() -> None:
-    global _registering
-    install.end_recording()
+def is_recording(owner: object) -> bool:
+    return owner in _registering
+
+
+def end_recording(owner: object) -> None:
+    """End what `begin_recording` began, or an interruption left of it."""
+    install.end_recording(owner)
     with _lock:
-        _registering -= 1
-        while _registering == 0 and _handles:
-            _handles.pop().remove()
+        while _registering == {owner} and _handles:
+            _handles[-1].remove()
+            del _handles[-1]
+        _registering.discard(owner)
 
 
 @contextmanager
 def hooked() -> Iterator[None]:
     """Do all of this for the length of a with statement."""
-    begin_scope()
+    owner = object()
     try:
-        begin_recording()
         try:
+            begin_scope(owner)
+            begin_recording(owner)
             yield
         finally:
-            end_recording()
+            _end(owner)
     finally:
-        end_scope()
+        _end(owner)  # again: Ctrl-C may have come just before
+
+
+def _end(owner: object) -> None:
+    end_recording(owner)
+    end_scope(owner)

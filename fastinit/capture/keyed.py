@@ -301,11 +301,11 @@ class SeededCapture(KeyedCapture):
         if draws:
             self.report.foreign.add(what)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         if self.report.has_several_models():
             gc.collect(1)  # one that only the collector would find dead must not count as the first
         self._keys.look_up(True)  # what is not named now never will be
-        super().close()
+        super().finish()
 
     # ---- views of DTensors that are copies -----------------------------------------------------
 

@@ -225,6 +225,19 @@ class Pending:
 
     # ---- what is known of their past -------------------------------------------------------------
 
+    def cost(self) -> int:
+        """Return how many elements wait, in units of those that take no longer than a normal."""
+        waiting = (f for m in self.filled.values() for f in m.fills)
+        return sum(f.items * (64 if f.op == "orthogonal" else 1) for f in waiting)
+
+    def give_up(self) -> list[Memory]:
+        """Drop all that waits, as if nobody had asked for it; return where."""
+        left = [m for m in self.filled.values() if not m.is_dead()]
+        for memory in left:
+            memory.touched, memory.fills, memory.written = False, [], []
+        self.filled.clear()
+        return left
+
     def wrote(self, t: Tensor, how: Written | None = None, overwrites: bool = True) -> None:
         """Note that something has been written otherwise than by what waits."""
         here = shard.local(t)

@@ -244,6 +244,12 @@ class Report:
                 names.setdefault(geometry.storage_id(here), (name, t))
         return names
 
+    def names_of(self, memories: list[Memory]) -> list[str]:
+        """Return names of what is in storages; of what no module holds its size in bytes."""
+        names = self._names()
+        unnamed = ("", None)
+        return [names.get(m.storage_id, unnamed)[0] or f"({m.nbytes:,} bytes)" for m in memories]
+
     def rows(self) -> list[Row]:
         """Return every tensor that was filled while it could wait, and still exists."""
         names = self._names()

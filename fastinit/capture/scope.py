@@ -28,12 +28,16 @@ from fastinit.core.laws import Law
 from fastinit.core.mode import Mode
 from fastinit.core.recording import Call, Recorder
 
+# Elements that are still written after Ctrl-C at the end of a scope, in 0.1 s on one core.
+_MOST_AFTER_INTERRUPT = 1 << 24
+
 
 class Scope(Mode, Recorder):
     """Records the fills of one thread, from the first that is worth it. capture.py has the rest."""
 
     is_told = True
     is_idle = True
+    is_closed = False
     of_any_size = False  # even small fills are worth a record
 
     def __init__(self, report: Report, keeps_all: bool = False) -> None:
@@ -51,7 +55,7 @@ class Scope(Mode, Recorder):
     def begin(self) -> bool:
         """Put the mode on torch's stack if that is as it was when the scope began."""
         if self.is_idle and self._may_begin():
-            hooks.begin_recording()
+            hooks.begin_recording(self)
             self.__enter__()  # type: ignore[no-untyped-call]
             self.modes, self.is_idle = 1, False
             if not self.report.is_about_models:
@@ -71,21 +75,37 @@ class Scope(Mode, Recorder):
         )
 
     def close(self) -> None:
-        """Write what still waits: the scope is over."""
+        """Write what still waits: the scope is over. May be called again if it was interrupted."""
         try:
-            self.settle()
-        except KeyboardInterrupt:
-            self.settle()  # a second one does leave tensors unwritten
+            self.finish()
+        except KeyboardInterrupt as interrupt:
+            if self.pending.cost() > _MOST_AFTER_INTERRUPT:
+                self._give_up(interrupt)
+            self.finish()
             raise
         finally:
             self.report.close(self.pending.close())
+            self.is_closed = True
+
+    def finish(self) -> None:
+        """Write what still waits, at the end of the scope."""
+        self.settle()
+
+    def _give_up(self, interrupt: KeyboardInterrupt) -> None:
+        """Say with the exception, and for the report, what is not written and will not be."""
+        left = self.pending.give_up()
+        names = self.report.names_of(left)
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" * (len(names) > 10))
+        interrupt.args = (*interrupt.args, f"fastinit: {len(left)} tensors not written: {shown}")
 
     def leave(self) -> None:
         """Take the mode off torch's stack."""
-        if not self.is_idle:
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        modes = torch_api.active_modes
+        if hooks.is_recording(self):
+            while any(mode is self for mode in modes()):
+                modes()[-1].__exit__(None, None, None)  # or what an interruption left above it
             self.modes, self.is_idle = 0, True
-            hooks.end_recording()
+            hooks.end_recording(self)
 
     # ---- fills -----------------------------------------------------------------------------------
 

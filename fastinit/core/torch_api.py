@@ -53,6 +53,9 @@ def nobody_watches(dispatch: int) -> bool:
     )
 
 
+active_modes: Callable[[], list[Any]] = _python_dispatch._get_current_dispatch_mode_stack
+
+
 def keys() -> tuple[int, int]:
     """Return which dispatch keys this thread includes and excludes, as two sets of bits.
 

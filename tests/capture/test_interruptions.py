@@ -15,6 +15,7 @@ import torch
 
 import fastinit
 from fastinit import execute
+from fastinit.capture import scope
 from fastinit.core import kernels, recording
 from tests.support.compare import (
     BF16,
@@ -151,3 +152,21 @@ def test_interrupted_by_a_signal() -> None:
         hits += len(hit)
         if hits == 3:
             break
+
+
+def test_what_would_take_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is not answered by writing for seconds: what is missing is said, twice."""
+    monkeypatch.setattr(scope, "_MOST_AFTER_INTERRUPT", 1000)
+    block = fastinit.fused(watch=True)
+    report = block.__enter__()
+    model = torch.nn.Sequential(torch.nn.Linear(100, 100), torch.nn.Linear(3, 3))
+    loose = torch.empty(N).normal_()
+    once(monkeypatch, kernels, "run", False, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt, match=r"2 tensors not written: .*0\.weight") as caught:
+        block.__exit__(None, None, None)
+    assert f"({loose.nbytes:,} bytes)" in str(caught.value)
+    assert report.unwritten == ["0.weight"]
+    with pytest.raises(RuntimeError, match=r"never initialised: 0\.weight"):
+        report.check()
+    assert recording.this_thread.recorder is None
+    assert model

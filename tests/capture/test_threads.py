@@ -248,4 +248,4 @@ def test_one_object_decorates_for_many_threads() -> None:
         expected[:900] = other[:900] * 2
         assert torch.equal(made[seed], expected)
     assert recording.this_thread.recorder is None
-    assert sys.modules["fastinit.install"]._scopes == 0
+    assert sys.modules["fastinit.install"]._scopes == set()
