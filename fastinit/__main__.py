@@ -31,8 +31,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status. Only what the command needs is imported."""
+    """Run one command and return its exit status; after Ctrl-C that is a shell's."""
     arguments = _parser().parse_args(words)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print(f"fastinit {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run a command. Only what it needs is imported."""
     if arguments.command == "info":
         return info.info()
     if getattr(arguments, "device", "cpu") == "cuda":

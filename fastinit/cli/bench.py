@@ -9,6 +9,7 @@ and the second run counts, so that none pays for the dirty caches that another l
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -92,20 +93,27 @@ def _call(name: str, t: Tensor, *arguments: float) -> Callable[[ModuleType], obj
     return lambda f: getattr(f, name)(t, *arguments)
 
 
-def _cases(device: str) -> Iterator[tuple[str, list[Tensor], Callable[[ModuleType], object]]]:
-    """Yield the name, the tensors, and what fills them with the functions of a module."""
+def _cases(
+    device: str, where: str
+) -> Iterator[tuple[str, list[Tensor], Callable[[ModuleType], object]]]:
+    """Yield the name, the tensors, and what fills them with the functions of a module.
+
+    Args:
+        device: that is measured
+        where: that, or "meta" if only names are wanted
+    """
     n = 1 << (28 if device == "cuda" else 24)
     for law, dtype in [
         *(("uniform_", torch.float32), ("normal_", torch.float32), ("normal_", torch.bfloat16)),
         *(("kaiming_normal_", torch.float32), ("trunc_normal_", torch.float32)),
         *(("zeros_", torch.float32), ("normal_", torch.float64)),
     ]:
-        t = torch.ones(4096, n // 4096, dtype=dtype, device=device)
+        t = torch.ones(4096, n // 4096, dtype=dtype, device=where)
         yield f"{law} {str(dtype)[6:]}, {n:,}", [t], _call(law, t)
-    t = torch.ones(1024, 1024, device=device)
+    t = torch.ones(1024, 1024, device=where)
     yield "sparse_ 1024 x 1024, 0.9", [t], _call("sparse_", t, 0.9)
     yield "orthogonal_ 1024 x 1024", [t], _call("orthogonal_", t)
-    model = nn.Transformer(batch_first=True, device=device)
+    model = nn.Transformer(batch_first=True, device=where)
 
     def reset(f: ModuleType) -> object:
         def rule(m: nn.Module) -> None:
@@ -120,9 +128,16 @@ def _cases(device: str) -> Iterator[tuple[str, list[Tensor], Callable[[ModuleTyp
 def main(selected: str = "", device: str = "cpu") -> int:
     """Print the table of the cases whose name contains `selected`; return the exit status."""
     clock, random = (until_done, torch.cuda) if device == "cuda" else (wall, torch)
+    names = [name for name, *_ in _cases(device, "meta")]
+    if not any(selected in name for name in names):
+        shown = "\n  ".join(names)
+        print(
+            f"fastinit bench: no case contains {selected!r}. There are\n  {shown}", file=sys.stderr
+        )
+        return 2
     print(info.header() + "\n")
     print(markdown(["case", "torch", "fastinit", "times as fast"]), markdown(["---"] * 4), sep="\n")
-    for name, tensors, fill in _cases(device):
+    for name, tensors, fill in _cases(device, device):
         if selected in name:
             ways = {"torch": partial(fill, nn.init), "fastinit": partial(fill, fastinit)}
             compare(ways, tensors, 1e-2 if "orthogonal" in name else 0.0, random)

@@ -251,7 +251,7 @@ def test_the_door(capsys: pytest.CaptureFixture[str]) -> None:
     *_, head, _, row = capsys.readouterr().out.splitlines()
     assert head == "| case | torch | fastinit | times as fast |"
     assert row.startswith("| sparse_ 1024 x 1024, 0.9 | ")
-    assert len({name for name, _, _ in bench._cases("meta")}) == 10
+    assert len({name for name, _, _ in bench._cases("cpu", "meta")}) == 10
 
 
 # ---- a simulated GPU -----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 
 import fastinit
 from fastinit import __main__
+from fastinit.cli import bench, demo, info, inspect
 
 
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,3 +128,28 @@ def test_help(
 def test_the_console_script_is_the_same() -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert '\n[project.scripts]\nfastinit = "fastinit.__main__:main"\n' in project
+
+
+@pytest.mark.parametrize("words", [["nosuchcase"], ["zeros_ float16"]])
+def test_bench_of_no_case(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is timed, and what could be is listed."""
+    assert __main__.main(["bench", *words]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert f"no case contains {words[0]!r}" in error
+    assert "\n  normal_ float32, 16,777,216\n" in error
+
+
+@pytest.mark.parametrize("words", [["bench"], ["verify"], ["demo"], ["inspect", "a:b"]])
+def test_ctrl_c(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, no traceback, and the status that shells give to what Ctrl-C has ended."""
+
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    for module, name in [(bench, "main"), (info, "verify"), (demo, "demo"), (inspect, "main")]:
+        monkeypatch.setattr(module, name, interrupted)
+    assert __main__.main(words) == 130
+    assert capsys.readouterr() == ("", f"fastinit {words[0]}: interrupted\n")
