@@ -65,13 +65,17 @@ class fused(ContextDecorator):
 
     def __init__(
         self,
-        *,
+        *wrong: object,
         progress: bool = False,
         seed: int | None = None,
         prefix: str = "",
         watch: bool = False,
         orthogonal: str | None = None,
     ) -> None:
+        if wrong:
+            what = getattr(wrong[0], "__name__", repr(wrong[0]))
+            hint = f"@fused() before {what}" if callable(wrong[0]) else f"fused(seed={what})"
+            raise TypeError(f"fused takes what it is given by name, not {what}: write {hint}")
         self._progress = progress
         self._seed = None if seed is None else Key(seed).seed
         self._prefix = prefix
