@@ -12,6 +12,7 @@ __version__ = "0.7.0"
 try:
     from fastinit import init as _init
     from fastinit.capture.report import Report
+    from fastinit.capture.rules import reset_parameters
     from fastinit.core.key import Key
     from fastinit.core.switch import set_orthogonal
     from fastinit.fused import fused
@@ -25,5 +26,12 @@ except ImportError:
         raise  # but `fastinit info` says itself what is missing
 else:
     __all__ = ["Key", "Plan", "Report", "fused", "init_model_", "install", "installed"]
-    __all__ += ["materialize_", "orthogonal_batched_", "record", "set_orthogonal", "uninstall"]
+    __all__ += [
+        "materialize_",
+        "orthogonal_batched_",
+        "record",
+        "reset_parameters",
+        "set_orthogonal",
+    ]
+    __all__ += ["uninstall"]
     __all__ += _init.__all__

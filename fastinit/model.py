@@ -3,24 +3,21 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from fastinit.capture import rules
 from fastinit.capture.capture import Capture
+from fastinit.capture.initialisation import Initialisation
+from fastinit.capture.missing import Device, Memory, Watch, tensors_of, with_memory
 from fastinit.capture.names import named_tensors
-from fastinit.capture.operators import OVERWRITING, leaves
 from fastinit.capture.report import Report
-from fastinit.core import geometry, recording, shard
-from fastinit.core.mode import Mode
+from fastinit.capture.rules import Fn, Rule
+from fastinit.core import recording, torch_api
 from fastinit.fused import adopting
-
-Fn = Callable[[nn.Module], object]
 
 
 def init_model_(
@@ -28,6 +25,7 @@ def init_model_(
     fn: Fn | None = None,
     seed: int | None = None,
     *,
+    only_missing: bool | Iterable[str] = False,
     prefix: str = "",
     orthogonal: str | None = None,
 ) -> Report:
@@ -35,49 +33,42 @@ def init_model_(
 
     Args:
         model: any module
-        fn: called with every submodule, children first and the model last, as by `model.apply`;
-            by default each module that has `reset_parameters` (or, as some of torch's own,
-            `_reset_parameters`) is asked to reset its own
+        fn: called with every submodule, children first and the model last, as by `model.apply`; a
+            method or function without arguments (`model.init_weights`) is called once. By default a
+            model that brings `initialize_weights`, `init_weights` or `_init_weights` is initialised
+            by the first of these, as is a model within the model, and what it leaves alone, like
+            all of other models, by `reset_parameters` (or, as some of torch's own,
+            `_reset_parameters`) of each module. `fastinit.reset_parameters` asks for just that
         seed: take the numbers of the keyed stream, by the names of the parameters; see `Key`
+        only_missing: leave everything as it is, but for what is on the meta device, which gets
+            memory as by `materialize_`, and for these names: `model.load_state_dict(state,
+            strict=False).missing_keys`
         prefix: put before these names, for a model that is a part of another
         orthogonal: "torch" or "native": who writes orthogonal_, as for `fused`
 
     Returns:
-        What was written by which function, and what was not.
+        What was written by which function, and what was not; `initialised_by` says what was chosen.
 
     The same as `with fastinit.fused(): model.apply(fn)`, except that fills of the model's tensors
     may wait although they are older than the block: memory that somebody knows from before (a numpy
     array over a parameter, another thread) must not be read while this runs.
     """
+    rule = checked("init_model_", model, fn)
+    if only_missing is not False:
+        how = (rule, seed, prefix, orthogonal)
+        return _fill_missing("init_model_", model, None, None, _names(model, only_missing), *how)
     if is_recording_a_plan():
         raise RuntimeError("init_model_ cannot be part of a Plan that is being recorded")
     with adopting(tensors_of(model), model, seed, prefix, orthogonal) as report:
-        apply(model, fn)
+        run = Initialisation(model)
+        run(rule)
+    report.initialised_by += run.chosen
+    run.warn(3)
     return report
-
-
-def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Yield parameters and buffers, tied ones repeatedly, in half the time that torch takes."""
-    for m in model.modules():
-        for t in (*m._parameters.values(), *m._buffers.values()):
-            if t is not None:
-                yield t
 
 
 def is_recording_a_plan() -> bool:
     return not isinstance(recording.this_thread.recorder, Capture | None)
-
-
-def apply(model: nn.Module, fn: Fn | None) -> None:
-    model.apply(cast("Callable[[nn.Module], None]", fn or reset))
-
-
-def reset(module: nn.Module) -> None:
-    for name in ("reset_parameters", "_reset_parameters"):
-        reset = getattr(module, name, None)
-        if callable(reset):
-            reset()
-            break
 
 
 def materialize_(
@@ -87,172 +78,172 @@ def materialize_(
     fn: Fn | None = None,
     seed: int | None = None,
     *,
+    only_missing: bool | Iterable[str] = True,
     prefix: str = "",
     orthogonal: str | None = None,
 ) -> Report:
     """Give a model's meta tensors memory, and initialise it in one pass.
 
     Args:
-        model: any module; parameters and buffers that are not on the meta device stay as they are
+        model: any module
         device: where the memory is taken (default: torch's default device; the CPU if that is meta)
         dtype: of the floating-point tensors (default: as they are)
-        fn: as for `init_model_`; by default only modules all of whose tensors were on the meta
-            device are reset
+        fn: as for `init_model_`; by default only modules with something on meta are asked
         seed: take the numbers of the keyed stream, by the names of the parameters; see `Key`
+        only_missing: parameters and buffers that are not on the meta device stay as they are,
+            whatever `fn` does; names of others to be initialised, too, may be given, as for
+            `init_model_`. False: `fn` may overwrite all of the model
         prefix: put before these names, for a model that is a part of another
         orthogonal: "torch" or "native": who writes orthogonal_, as for `fused`
 
     Returns:
-        What was written by which function, and what was not. Tied tensors stay tied; parameters are
-        new objects, as after `to_empty`.
+        What was written by which function, and what was not; `initialised_by` says what was chosen.
+        Tied tensors stay tied; parameters are new objects, as after `to_empty`, or the same ones
+        after `torch.__future__.set_swap_module_params_on_conversion(True)`.
+
+    Functions run for whole modules, from the same numbers as on a model that is all there; for what
+    is to stay they find stand-ins, which are thrown away, usually before they are written.
 
     Parameters may be DTensors (after `fully_shard` or tensor parallelism). With a seed each process
     fills only its own elements, without communication, and they are those of the whole model. With
     torch's generators DTensor does what it does.
 
     Warns:
-        UserWarning: `fn` did not write all of a tensor, for example a buffer that only a
+        UserWarning: something was not written completely, for example a buffer that only a
             constructor computes. Such tensors are left on the meta device and named.
     """
+    rule = checked("materialize_", model, fn, device, dtype)
+    names = None if only_missing is False else _names(model, only_missing)
+    how = (rule, seed, prefix, orthogonal)
+    return _fill_missing("materialize_", model, device, dtype, names, *how)
+
+
+def _fill_missing(
+    function: str,
+    model: nn.Module,
+    device: Device,
+    dtype: torch.dtype | None,
+    names: frozenset[str] | None,
+    rule: Rule | None,
+    seed: int | None,
+    prefix: str,
+    orthogonal: str | None,
+) -> Report:
+    """Initialise what is on the meta device or has one of these names; None: all there is."""
     if is_recording_a_plan():
-        raise RuntimeError("materialize_ cannot be part of a Plan that is being recorded")
-    with adopting((), model, seed, prefix, orthogonal) as report:
+        raise RuntimeError(f"{function} cannot be part of a Plan that is being recorded")
+    named = list(named_tensors(model))
+    there = [t for name, _, _, t in named if names is None or name in names if not t.is_meta]
+    with adopting(there if names else (), model, seed, prefix, orthogonal) as report:
         report.is_about_new = True
-        slots = [s for s in named_tensors(model, prefix) if s[3].is_meta]
-        memory: dict[tuple[object, ...], Tensor] = {}
+        slots = [s for s in named if s[3].is_meta]
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        memory: Memory = {}
         new: dict[int, Tensor] = {}  # tied tensors are one object
-        for _, m, name, old in slots:
-            if id(old) not in new:
-                new[id(old)] = _materialized(old, device, dtype, memory)
-            setattr(m, name, new[id(old)])
-        memory.clear()
-        missing = []
-        watch = _Watch(new.values())
+        swapped: dict[int, Tensor] = {}  # what parameters that stay the same objects were
+        unwritten: list[str] = []
+        watch = Watch(())
         try:
-            with _watching(watch):
-                apply(model, fn or functools.partial(_reset_new, {id(t) for t in new.values()}))
+            for _, m, name, old in slots:
+                if id(old) not in new:
+                    made = with_memory(old, device, dtype, memory)
+                    made.__dict__.pop("_is_hf_initialized", None)
+                    watch.add(made)
+                    new[id(old)] = made
+                    if swaps and isinstance(old, nn.Parameter):
+                        torch_api.swap(old, made)
+                        new[id(old)], swapped[id(old)] = old, made
+                if new[id(old)] is not old:
+                    setattr(m, name, new[id(old)])
+            memory.clear()
+            watch.add(*there)
+            missing = {id(t) for t in (*new.values(), *there)}
+            run = Initialisation(model, None if names is None else missing, watch, device)
+            run(rule)
         finally:
+            left = {key for key, t in new.items() if not watch.is_written(t)}
             for path, m, name, old in slots:
-                if getattr(m, name, None) is new[id(old)] and not watch.is_written(new[id(old)]):
-                    setattr(m, name, old)
-                    missing.append(path)
-    report.unwritten.extend(dict.fromkeys(missing))
-    if missing:
-        shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" * (len(missing) > 10))
+                if id(old) in left and getattr(m, name, None) is new[id(old)]:
+                    unwritten.append(prefix + path)
+                    if new[id(old)] is not old:
+                        setattr(m, name, old)
+            for key in left & swapped.keys():
+                torch_api.swap(new[key], swapped[key])
+    report.initialised_by += run.chosen
+    report.unwritten.extend(dict.fromkeys(unwritten))
+    run.warn(4)
+    if unwritten:
+        shown = ", ".join(unwritten[:10])
+        shown += f" and {len(unwritten) - 10} more" * (len(unwritten) > 10)
         warnings.warn(
-            f"{len(missing)} tensors were not initialised completely and stay on the meta device: "
-            f"{shown}. Pass a `fn` that initialises them, or set them yourself.",
-            stacklevel=2,
+            f"{len(unwritten)} tensors were not initialised completely and stay on the meta "
+            f"device: {shown}. Pass a `fn` that initialises them, or set them yourself.",
+            stacklevel=3,
         )
     return report
 
 
-def _reset_new(new: set[int], module: nn.Module) -> None:
-    """Reset a module, unless that would overwrite what was there before."""
-    if all(id(t) in new for t in (*module.parameters(), *module.buffers())):
-        reset(module)
+def _names(model: nn.Module, given: bool | Iterable[str]) -> frozenset[str]:
+    """Return the names among these. Raises TypeError and ValueError, saying what to give."""
+    if given is True:
+        return frozenset()
+    given = getattr(given, "missing_keys", given)  # what load_state_dict returns
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise TypeError(f"only_missing is True, False or names of parameters, not {given!r}")
+    names = frozenset(given)
+    unknown = names - {name for name, _, _, _ in named_tensors(model)}
+    if unknown:
+        raise ValueError(
+            f"only_missing: the model has no {', '.join(sorted(map(str, unknown)))}; give names "
+            "of model.named_parameters() and named_buffers()"
+        )
+    return names
 
 
-@contextmanager
-def _watching(watch: _Watch) -> Iterator[None]:
-    """Put a mode on top of the scope's, which still takes fills that come without operators."""
-    capture = recording.this_thread.recorder
-    if not isinstance(capture, Capture):
-        with watch:
-            yield
-        return
-    with capture.watched(watch.note), watch:
-        yield
+def checked(
+    function: str,
+    model: object,
+    fn: Fn | None,
+    device: object = None,
+    dtype: object = None,
+) -> Rule | None:
+    """Return how to call `fn`. Raises TypeError, ValueError and RuntimeError, saying what to do."""
+    if not isinstance(model, nn.Module):
+        hint = ""
+        if isinstance(model, type) and issubclass(model, nn.Module):
+            what, hint = f"the class {model.__name__}", f"; give an instance, {model.__name__}(...)"
+        elif isinstance(model, Tensor):
+            what, hint = "a tensor", "; for one tensor there is fastinit.normal_ and its like"
+        else:
+            what = f"an object of type {type(model).__name__}"
+        raise TypeError(f"{function} takes a module, not {what}{hint}")
+    if device is not None:
+        if callable(device):
+            raise TypeError(f"{function}: device is a function; write fn={_name(device)}")
+        if not isinstance(device, torch.device | str | int):
+            hint = f"; write dtype={device}" if isinstance(device, torch.dtype) else ""
+            raise TypeError(f"{function}: device is a torch.device or its name, not {device}{hint}")
+        try:
+            where = torch.device(device)
+        except RuntimeError:
+            raise RuntimeError(
+                f'{function}: there is no device {device!r}; write "cpu", "cuda" or "cuda:1"'
+            ) from None
+        if isinstance(device, int) and device >= torch.cuda.device_count():
+            raise RuntimeError(
+                f"{function}: there is no GPU {device}; for a seed write seed={device}"
+            )
+        if where.type == "meta":
+            raise ValueError(
+                f'{function}: tensors get memory, which the meta device has not; write "cpu" or '
+                '"cuda", or leave device away'
+            )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(
+            f"{function}: dtype is that of floating-point tensors, as torch.bfloat16, not {dtype!r}"
+        )
+    return None if fn is None else rules.rule_of(fn, model)
 
 
-_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _materialized(
-    old: Tensor,
-    device: torch.device | str | int | None,
-    dtype: torch.dtype | None,
-    memory: dict[tuple[object, ...], Tensor],
-) -> Tensor:
-    """Return a tensor like `old` with memory, which tensors that shared `old`'s storage share."""
-    kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
-    if shard.is_distributed(old):
-        return _distributed(old, device, kind)
-    key = (geometry.storage_id(old), old.dtype)
-    if key not in memory:
-        default = torch.get_default_device()
-        where = ("cpu" if default.type == "meta" else default) if device is None else device
-        items = geometry.storage_of(old).nbytes() // old.element_size()
-        memory[key] = torch.empty(items, dtype=kind, device=where)
-    new = memory[key].as_strided(old.shape, old.stride(), old.storage_offset())
-    if isinstance(old, nn.Parameter):
-        return nn.Parameter(new, old.requires_grad)
-    return new.detach().requires_grad_(old.requires_grad)
-
-
-def _distributed(old: Any, device: torch.device | str | int | None, dtype: torch.dtype) -> Tensor:
-    """Return a DTensor like `old` with memory for this process's elements."""
-    where = old.device_mesh.device_type if device is None else device
-    with torch.no_grad():
-        new = torch.empty_like(old, dtype=dtype, device=where)
-    capture = recording.this_thread.recorder
-    if isinstance(capture, Capture):
-        capture.adopt(shard.local(new))
-    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-
-
-class _Watch(Mode):
-    """Sees which elements of some tensors are written at all."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
-        here = map(shard.local, tensors)
-        self._missing = {geometry.storage_id(t) for t in here if t.numel() != 0}
-        self._partly: dict[int, Tensor] = {}  # storage -> -1 in each byte that is written
-
-    def is_written(self, t: Tensor) -> bool:
-        t = shard.local(t)
-        key = geometry.storage_id(t)
-        if key not in self._missing:
-            return True
-        return key in self._partly and bool((self._marks(t) == _MARK[t.element_size()]).all())
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        schema = getattr(func, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            out = [kwargs.get(x.name) for x in schema.arguments if x.is_out]
-            if schema.name in OVERWRITING:
-                out.append(args[0])
-            for t in leaves(out):
-                if isinstance(t, Tensor):
-                    self.note(t)
-        return result
-
-    def note(self, t: Tensor) -> None:
-        """Note that all elements of a tensor have been written."""
-        t = shard.local(t)
-        if not geometry.is_plain(t):
-            return
-        key = geometry.storage_id(t)
-        if key in self._missing:
-            if t.numel() * t.element_size() == geometry.storage_of(t).nbytes():
-                self._missing.discard(key)  # storage_of may have told us under a function mode
-            else:
-                self._marks(t).fill_(_MARK[t.element_size()])
-
-    def _marks(self, t: Tensor) -> Tensor:
-        """Return the view of a storage's marks that stands for a tensor's elements."""
-        marks = self._partly.get(geometry.storage_id(t))
-        if marks is None:
-            marks = torch.zeros(geometry.storage_of(t).nbytes(), dtype=torch.uint8, device="cpu")
-            self._partly[geometry.storage_id(t)] = marks
-        offset, sizes, strides = geometry.in_reals(t)
-        marks = marks.view(_BYTES[t.element_size() // (2 if t.dtype.is_complex else 1)])
-        return marks.as_strided(sizes, strides, offset)
-
-
-_MARK = {1: 255, 2: -1, 4: -1, 8: -1, 16: -1}
+def _name(x: object) -> str:
+    return getattr(x, "__name__", type(x).__name__)

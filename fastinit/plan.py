@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fastinit import execute, init
-from fastinit import model as model_
 from fastinit.capture import names
 from fastinit.capture.capture import Capture
 from fastinit.capture.hooks import hooked
+from fastinit.capture.initialisation import Initialisation
+from fastinit.capture.missing import tensors_of
 from fastinit.capture.names import named_tensors
+from fastinit.capture.rules import Fn
 from fastinit.capture.walk import Walk
 from fastinit.core import geometry, keyed_numbers, laws, recording, shard, source, torch_api
 from fastinit.core.fill import Fill, Room
@@ -25,7 +27,7 @@ from fastinit.core.laws import Law
 from fastinit.core.recording import Call, Recorder
 from fastinit.core.work import Work
 from fastinit.cpu import fills as cpu_fills
-from fastinit.model import Fn
+from fastinit.model import checked
 
 _MOVED = (
     "a tensor of the plan has other memory or another shape than when it was recorded; record the "
@@ -240,10 +242,12 @@ def record(model: nn.Module, fn: Fn | None = None) -> Plan:
     Raises:
         RuntimeError: `fn` reads what it initialises, so that what it does cannot be known before.
     """
+    rule = checked("record", model, fn)
     if recording.this_thread.recorder is not None or not recording.modes_allow():
         raise RuntimeError("record cannot be used inside another Plan, fused block or mode")
     made = Plan()
-    tensors = list({id(t): t for t in model_.tensors_of(model)}.values())
+    run = Initialisation(model)
+    tensors = list({id(t): t for t in tensors_of(model)}.values())
     counted = tuple(t for t in tensors if not t.is_inference())
     versions = tuple(t._version for t in counted)
     generator = source.current(torch.default_generator)
@@ -252,7 +256,7 @@ def record(model: nn.Module, fn: Fn | None = None) -> Plan:
         try:
             recording.set_recorder(walk)
             with hooked(), walk:
-                model_.apply(model, fn)
+                run(rule)
         finally:
             recording.set_recorder(None)
     finally:
@@ -261,6 +265,7 @@ def record(model: nn.Module, fn: Fn | None = None) -> Plan:
         torch_api.set_versions(counted, versions)
     if source.current(torch.default_generator) != generator:
         raise RuntimeError("record: the function draws or sets a seed, which cannot be recorded")
+    run.warn(3)
     made.keep(tensors)
     made._names = [(name, t) for name, _, _, t in named_tensors(model)]
     return made

@@ -74,6 +74,7 @@ class Report:
     reason: str = ""  # why nothing was captured, if so
     threads: set[str] = field(default_factory=set)  # whose running kept fills from waiting
     foreign: set[str] = field(default_factory=set)  # operators that drew from torch's generators
+    initialised_by: list[str] = field(default_factory=list)  # functions, for a whole model
     progress: bool = False  # show a bar while writing what waited until the end
     prefix: str = ""  # of all names
     is_about_models: bool = False  # and not about what else the scope makes

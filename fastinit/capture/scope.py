@@ -5,7 +5,7 @@ fastinit, and told by hooks who reads memory."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future
 from threading import Thread
 from typing import Any
@@ -44,7 +44,6 @@ class Scope(Mode, Recorder):
         super().__init__()
         self.report = report
         self.keeps_all = keeps_all or self.of_any_size  # what is small is noted, too
-        self.watch: Callable[[Tensor], None] | None = None  # told what is filled without operators
         self.pending = Pending(report, self._write, self.of_any_size)
         self._scratch: Tensor | None = None  # for a generator's state
         self._others = Others()  # may read what waits
@@ -234,6 +233,8 @@ class Scope(Mode, Recorder):
 
     def read(self, t: Tensor, how: str) -> None:
         """Write what waits in a tensor that is about to be read without an operator."""
+        if self.reads is not None:
+            self.reads(t)
         if self.pending.filled:
             try:
                 self._settle_arguments(how, (t,), None)
@@ -283,16 +284,6 @@ class Scope(Mode, Recorder):
         if names:
             self.report.threads.update(names)
         return not names
-
-    @contextlib.contextmanager
-    def watched(self, by: Callable[[Tensor], None]) -> Iterator[None]:
-        """Have another mode on top of this one; `by` is told what is filled without operators."""
-        before = self.watch, self.modes
-        self.watch, self.modes = by, self.modes + 1
-        try:
-            yield
-        finally:
-            self.watch, self.modes = before
 
     # ---- writing ---------------------------------------------------------------------------------
 

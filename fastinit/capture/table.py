@@ -32,6 +32,8 @@ def text(report: Report) -> str:
     ]
     if report.at_once_elements:
         lines.append(f"{_count(report.at_once_elements)} more filled natively when asked for.")
+    if report.initialised_by:
+        lines.append(f"Initialised by {'; '.join(report.initialised_by)}.")
     if report.threads:
         names = ", ".join(sorted(report.threads))
         lines.append(f"Nothing waited while threads started in the block were running: {names}")

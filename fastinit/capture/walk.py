@@ -54,20 +54,30 @@ class Walk(Mode, Recorder):
         self._constants: set[int] = set()  # storages
 
     def add(self, fills: list[Fill], law: Law) -> None:
+        self._tell(f.tensor for f in fills)
         self._written.update(geometry.storage_id(f.tensor) for f in fills)
         self._plan.add(fills, law)
 
     def call(self, call: Call) -> None:
         if any(isinstance(x, Tensor) for x in call.args):
             self._refuse(call.name)
+        self._tell([call.tensor])
         self._written.add(geometry.storage_id(call.tensor))
         self._plan.call(call)
 
     def fill_keyed(self, law: Law, tensor: Tensor, key: Key | None) -> None:
+        self._tell([tensor])
         self._written.add(geometry.storage_id(tensor))
         self._plan.fill_keyed(law, tensor, key)
 
+    def _tell(self, tensors: Iterable[Tensor]) -> None:
+        if self.watch is not None:
+            for t in tensors:
+                self.watch(t)
+
     def read(self, t: Tensor, how: str) -> None:
+        if self.reads is not None:
+            self.reads(t)
         if _is_simple(t) and geometry.storage_id(t) in self._written | self._constants:
             self._refuse(how)
 

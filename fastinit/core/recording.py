@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -46,7 +47,21 @@ class Recorder:
     is_idle = False  # it waits for a fill that is worth its mode; until then all is torch's
     seed: int | None = None  # of the keyed stream, which then takes the place of torch's generators
     orthogonal: str | None = None  # of its scope; goes before the process's, see switch.py
+    watch: Callable[[Tensor], object] | None = None  # told what is filled without operators
+    reads: Callable[[Tensor], object] | None = None  # told what is read without operators
     submitting = False  # a task is given to a pool, which may start threads of its own for it
+
+    @contextmanager
+    def watched(
+        self, watch: Callable[[Tensor], object], reads: Callable[[Tensor], object]
+    ) -> Iterator[None]:
+        """Have another mode on top of this one's, which is told what comes without operators."""
+        before = self.watch, self.reads, self.modes
+        self.watch, self.reads, self.modes = watch, reads, self.modes + 1
+        try:
+            yield
+        finally:
+            self.watch, self.reads, self.modes = before
 
     # ---- fills -------------------------------------------------------------------------------
 

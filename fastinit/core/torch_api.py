@@ -106,6 +106,7 @@ is_functional: Callable[[Tensor], bool] = torch._is_functional_tensor  # of func
 set_versions: Callable[[tuple[Tensor, ...], tuple[int, ...]], None] = (  # of tensors
     _C._autograd._unsafe_set_version_counter
 )
+swap: Callable[[Tensor, Tensor], None] = torch.utils.swap_tensors  # what two objects are
 # An id that tensors over the same memory have in common while it lives.
 storage_id: Callable[[Tensor], int] = getattr(_C, "_storage_id", _slow_storage_id)
 storage_of_weak: Callable[[int], torch.UntypedStorage | None] = (  # None: it has died
