@@ -278,3 +278,13 @@ def test_reason(where: Callable[[list[Report]], None], monkeypatch: pytest.Monke
     assert len(str(reports[0])) <= 80
     assert counts(reports[0]) == (0, 0, 0, 0)
     assert rows(reports[0]) == []
+
+
+def test_unnamed() -> None:
+    """What a seed gave to tensors without names is said, and check() raises."""
+    report = Report()
+    report.unnamed["0.weight"] = ("model.py:3", "read before the block knew its name")
+    report.unnamed["(50, 60)"] = ("model.py:9", "no module has it")
+    with pytest.raises(RuntimeError, match=r"2 tensors .* names: 0\.weight \(read .*model\.py:3\)"):
+        report.check()
+    assert "  (50, 60): no module has it, at model.py:9" in str(report).splitlines()
