@@ -75,6 +75,9 @@ class Report:
     threads: set[str] = field(default_factory=set)  # whose running kept fills from waiting
     foreign: set[str] = field(default_factory=set)  # operators that drew from torch's generators
     initialised_by: list[str] = field(default_factory=list)  # functions, for a whole model
+    # What has numbers of a seed that no name gave it: by its name, or shape, the line of the code
+    # that is why, and the reason.
+    unnamed: dict[str, tuple[str, str]] = field(default_factory=dict)
     progress: bool = False  # show a bar while writing what waited until the end
     prefix: str = ""  # of all names
     is_about_models: bool = False  # and not about what else the scope makes
@@ -174,10 +177,13 @@ class Report:
         if self.reason:
             raise RuntimeError(f"nothing was captured: {self.reason}")
         if self.unwritten:
-            names = ", ".join(self.unwritten[:10])
-            more = f" and {len(self.unwritten) - 10} more" if len(self.unwritten) > 10 else ""
+            found = self.unwritten
+            raise RuntimeError(f"{len(found)} tensors were never initialised: {table.some(found)}")
+        if self.unnamed:
+            found = [f"{what} ({why}, {where})" for what, (where, why) in self.unnamed.items()]
             raise RuntimeError(
-                f"{len(self.unwritten)} tensors were never initialised: {names}{more}"
+                f"{len(found)} tensors have numbers of the seed that depend on more than their "
+                f"names: {table.some(found)}"
             )
 
     @contextmanager

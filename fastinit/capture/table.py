@@ -52,11 +52,21 @@ def text(report: Report) -> str:
     early: Counter[tuple[str, str]] = Counter()
     for e in report.early:
         early[e.operator, e.line] += e.elements
+    if report.unnamed:
+        lines.append("Not named, so what the seed gave them depends on the order of the code:")
+        for what, (where, why) in list(report.unnamed.items())[:10]:
+            lines += textwrap.wrap(f"  {what}: {why}, at {where}", width, subsequent_indent="    ")
+        lines += [f"  and {len(report.unnamed) - 10} more"] * (len(report.unnamed) > 10)
     if early:
         lines.append("Written before the end, since something read or changed it:")
         for (operator, line), elements in early.most_common(10):
             lines.append(f"  {_count(elements):>8}  {operator} at {line}"[:width])
     return "\n".join(lines)
+
+
+def some(names: list[str]) -> str:
+    """Return the first ten names and how many more there are."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" * (len(names) > 10))
 
 
 def _rows(report: Report) -> Iterator[tuple[str, ...]]:
