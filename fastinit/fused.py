@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from fastinit.capture import hooks
+from fastinit.capture import emptied, hooks
 from fastinit.capture.capture import Capture
 from fastinit.capture.keyed import KeyedCapture, SeededCapture
 from fastinit.capture.report import Report
@@ -142,7 +142,7 @@ class fused(ContextDecorator):
             hooks.begin_scope(capture)
             told.append(capture)
             set_recorder(capture)
-            if self._watch:
+            if self._watch or emptied.left():
                 capture.begin()
         except BaseException:
             self._leave()

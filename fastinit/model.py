@@ -170,7 +170,6 @@ def _fill_missing(
             for key in left & swapped.keys():
                 torch_api.swap(new[key], swapped[key])
     report.initialised_by += run.chosen
-    report.unwritten.extend(dict.fromkeys(unwritten))
     run.warn(4)
     if unwritten:
         shown = ", ".join(unwritten[:10])

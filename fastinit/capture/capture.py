@@ -104,7 +104,7 @@ class Capture(Scope):
         elif not kwargs.get("pin_memory") and (self.keeps_all or geometry.may_be_worth(out)):
             memory = self.adopt(out)
             if memory is not None and not self.keeps_all:
-                memory.touched |= not geometry.is_worth(out)  # not noted whether it is written
+                memory.is_noted = geometry.is_worth(out)
         return out
 
     def _factory(self, func: Any, args: Any, kwargs: Kwargs, spec: operators.Factory) -> Any:

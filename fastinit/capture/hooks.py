@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fastinit import install
+from fastinit.capture import emptied
 from fastinit.core import geometry, torch_api
 from fastinit.core.recording import Recorder, this_thread, told
 
@@ -112,6 +113,26 @@ def _beginning(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*args, **kwargs)
 
     return method
+
+
+def _emptying(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return nn.Module.to_empty, whose tensors are known to be garbage then.
+
+    It is put there when fastinit is imported, as models are emptied before init_model_ is called.
+    """
+
+    @functools.wraps(original)
+    def to_empty(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        recorder = this_thread.recorder
+        if recorder is not None:
+            recorder.begin()
+        out = original(self, *args, **kwargs)
+        new = emptied.note(self)
+        if recorder is not None:
+            recorder.emptied(self, new)
+        return out
+
+    return to_empty
 
 
 def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -210,7 +231,7 @@ _METHODS: list[tuple[Any, str, _Wrap]] = [
     *((Tensor, name, _reading) for name in _READS),
     *((Tensor, name, _exposing) for name in _EXPOSES if hasattr(Tensor, name)),
     *((Tensor, name, _filling) for name in ("uniform_", "normal_")),
-    (nn.Module, "to_empty", _beginning),  # which makes what is to be filled
+    (nn.Module, "to_empty", _emptying),
     (torch.inference_mode, "__enter__", _beginning),  # which hides later modes when it ends
     (torch.utils.dlpack, "to_dlpack", _exposing),
     (torch.jit, "save", _saving),
@@ -232,13 +253,20 @@ def _hook_methods() -> None:
     for owner, name, wrap in _METHODS:
         current = vars(owner).get(name)
         if current is None or current is not _wrappers.get((owner, name)):
-            original = getattr(owner, name)
-            wrapper = _wrappers[owner, name] = wrap(original)
-            setattr(owner, name, wrapper)
-            if isinstance(owner, ModuleType):  # others have imported it
-                for module in list(sys.modules.values()):
-                    if getattr(module, "__dict__", {}).get(name) is original:
-                        setattr(module, name, wrapper)
+            _hook(owner, name, wrap)
+
+
+def _hook(owner: Any, name: str, wrap: _Wrap) -> None:
+    original = getattr(owner, name)
+    wrapper = _wrappers[owner, name] = wrap(original)
+    setattr(owner, name, wrapper)
+    if isinstance(owner, ModuleType):  # others have imported it
+        for module in list(sys.modules.values()):
+            if getattr(module, "__dict__", {}).get(name) is original:
+                setattr(module, name, wrapper)
+
+
+_hook(nn.Module, "to_empty", _emptying)
 
 
 # ---- scopes --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ _WRAPPERS = {
 
 
 def named_tensors(
-    model: nn.Module, prefix: str = ""
+    model: nn.Module, prefix: str = "", lazy: bool = False
 ) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Yield name, module, attribute and tensor of parameters, then buffers, tied ones repeatedly.
 
@@ -33,8 +34,23 @@ def named_tensors(
     for kind in ("_parameters", "_buffers"):
         for path, m in modules:
             for name, t in getattr(m, kind).items():
-                if t is not None and not nn.parameter.is_lazy(t):
+                if t is not None and (lazy or not nn.parameter.is_lazy(t)):
                     yield path + name, m, name, t
+
+
+def memory_of(t: Any) -> Iterator[Tensor]:
+    """Yield the plain tensors that have a tensor's values on this rank, those inside it if need be.
+
+    None of what is lazy, sparse, quantised, or a subclass that does not say what is in it.
+    """
+    t = shard.local(t)
+    if nn.parameter.is_lazy(t):
+        return
+    if geometry.is_plain(t) or geometry.is_simple(t):
+        yield t
+    elif hasattr(t, "__tensor_flatten__"):
+        for name in t.__tensor_flatten__()[0]:
+            yield from memory_of(getattr(t, name))
 
 
 def _named_modules(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fastinit.capture.names import memory_of
 from fastinit.capture.waiting import Chain, KeyedFill, Step, Waiting
 from fastinit.capture.written import Written, named
 from fastinit.core import geometry, shard, torch_api
@@ -40,6 +41,7 @@ class Memory:
 
     __slots__ = (
         "fills",
+        "is_noted",
         "label",
         "may_wait",
         "nbytes",
@@ -61,6 +63,7 @@ class Memory:
         self.written: list[Written] = []  # for the report
         self.label = ""  # takes the place of a name in the keyed stream: "#" and a number
         self.touched = False  # by anything that writes
+        self.is_noted = True  # whatever writes to it
         self.overwrites = 0  # fills that overwrote the whole storage
 
     def storage(self) -> torch.UntypedStorage | None:
@@ -168,6 +171,7 @@ class Pending:
         # storage gets one.
         self._ours: dict[int, Tensor] = {}
         self._calls: dict[int, list[SmallCall]] = {}  # by storage id
+        self.watches = False  # what is written to some tensors that are small
         self._purge_at = 1024  # entries of `known`
 
     # ---- which may wait --------------------------------------------------------------------------
@@ -194,6 +198,24 @@ class Pending:
                 if waits and geometry.is_here(here):
                     self._adoptable[key] = geometry.storage_of(here)
 
+    def watch(self, tensors: list[Tensor]) -> None:
+        """Note whether these, which nobody has written yet, are."""
+        for t in tensors:
+            here = shard.local(t)
+            key = storage_id(here)
+            self._ours[key] = here
+            self.watches = True
+            if key in self.known:
+                self.known[key].is_noted = True
+
+    def has_written(self, t: Tensor) -> bool:
+        """Return whether something in the scope has written to a tensor."""
+        here = shard.local(t)
+        if not is_plain(here):
+            return False
+        memory = self.known.get(storage_id(here))
+        return storage_id(here) in self._calls or (memory is not None and memory.touched)
+
     def adopt_no_more(self) -> None:
         self._adoptable.clear()
 
@@ -208,8 +230,9 @@ class Pending:
 
     def find_known(self, t: object) -> Memory | None:
         """Return the storage of a plain tensor, whether it may wait or not."""
-        if not is_plain(t):
-            return None
+        return self._known(t) if is_plain(t) else None
+
+    def _known(self, t: Tensor) -> Memory | None:
         key = storage_id(t)
         memory = self.known.get(key)
         if memory is None and self._adoptable and self._adoptable.pop(key, None) is not None:
@@ -240,10 +263,12 @@ class Pending:
 
     def wrote(self, t: Tensor, how: Written | None = None, overwrites: bool = True) -> None:
         """Note that something has been written otherwise than by what waits."""
-        here = shard.local(t)
-        if not is_plain(here) or here.is_nested:
-            return
-        memory = self.find_known(here)
+        for here in (t,) if is_plain(t) else memory_of(t):
+            if not here.is_nested:
+                self._wrote(here, how, overwrites)
+
+    def _wrote(self, here: Tensor, how: Written | None, overwrites: bool) -> None:
+        memory = self._known(here)
         if memory is None and storage_id(here) in self._ours:
             memory = self.known[storage_id(here)] = Memory(here, False)
         if memory is not None:
@@ -264,7 +289,7 @@ class Pending:
     def is_garbage(self, t: object) -> bool:
         """Return whether nobody has written to a tensor's memory yet."""
         memory = self.known.get(storage_id(t)) if is_plain(t) else None
-        return memory is not None and not memory.touched
+        return memory is not None and not memory.touched and memory.is_noted
 
     def called(self, t: Tensor, function: str, args: tuple[object, ...]) -> None:
         """Note that torch is about to do a small call for a plain tensor, if it matters."""

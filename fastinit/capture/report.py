@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 import weakref
@@ -16,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastinit.capture import table
-from fastinit.capture.names import named_tensors
+from fastinit.capture import emptied, table
+from fastinit.capture.names import memory_of, named_tensors
 from fastinit.capture.pending import Memory, Stock
 from fastinit.capture.waiting import Waiting
 from fastinit.capture.written import Written, line
@@ -49,6 +48,9 @@ class Row(NamedTuple):
     laws: tuple[Written, ...]
 
 
+_STATUSES = ("unwritten", "unseen", "kept")
+
+
 @dataclass
 class _Stock:
     """What a report knows of tensors, by their names."""
@@ -57,6 +59,7 @@ class _Stock:
     repeated: list[str] = field(default_factory=list)
     tied: list[tuple[str, ...]] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
     memories: list[Memory] = field(default_factory=list)
 
 
@@ -87,7 +90,10 @@ class Report:
     held: int = 0  # registrations seen; names are looked up again when it changes
     # Storages of single elements among what was registered.
     registered: set[int] = field(default_factory=set, repr=False)
+    sees_all: bool = False  # from its beginning, small tensors included
+    has_begun: bool = False  # to record
     _left: Stock | None = field(default=None, repr=False)
+    _found: _Stock | None = field(default=None, repr=False)
     _modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict, repr=False)
 
     # ---- what capture.py tells -----------------------------------------------------------------
@@ -110,43 +116,59 @@ class Report:
         """Note, at the end of the scope, what is known of its storages."""
         self._left = left
 
-    @functools.cached_property
+    @property
     def _stock(self) -> _Stock:
         """What is known of the scope's storages, and of the tensors that are in them now.
 
         It is looked up when it is asked for first: most reports are never read, and names of a
         thousand small layers take as long as the layers.
         """
-        stock = _Stock()
-        if self._left is None:
-            return stock
-        seen, ours = self._left.memories(), self._left.ours
+        if self._left is None:  # the scope is not over yet
+            return _Stock()
+        if self._found is None:
+            self._found = self._take_stock(self._left)
+        return self._found
+
+    def _take_stock(self, left: Stock) -> _Stock:
+        stock, seen = _Stock(), left.memories()
         stock.memories = [m for m in seen.values() if m.written]
-        about = self.is_about_models
         groups: dict[int, list[str]] = {}
-        for name, t in self.named_tensors():
+        for name, t in self.named_tensors(lazy=True):
             if id(t) in groups:
                 groups[id(t)].append(name)
                 continue
             groups[id(t)] = [name]
-            here = t if type(t) is nn.Parameter else shard.local(t)
-            if not is_plain(here):
-                continue
-            memory = seen.get(geometry.storage_id(here))
-            if memory is not None and memory.touched:  # most are
-                if memory.overwrites > 1:
-                    stock.repeated.append(name)
-                continue
-            if here.is_meta or here.numel() == 0:
-                continue
-            seen_before = self.is_about_new or geometry.storage_id(here) in ours
-            if memory is None and not (about and seen_before):
-                continue  # made by something else than `empty`
-            is_kept = about and memory is None and not isinstance(t, nn.Parameter)
-            is_kept |= self.is_about_new and memory is None
-            (stock.kept if is_kept else stock.unwritten).append(name)
+            found = [self._status(t, x, seen, left.ours) for x in memory_of(t)]
+            status = next((s for s in _STATUSES if s in found), "written")
+            if nn.parameter.is_lazy(t) or t.is_meta:
+                status = "unwritten"
+            if status != "written":
+                getattr(stock, status).append(name)
+            elif any(
+                m is not None and m.overwrites > 1
+                for m in (seen.get(geometry.storage_id(x)) for x in memory_of(t))
+            ):
+                stock.repeated.append(name)
         stock.tied += [tuple(names) for names in groups.values() if len(names) > 1]
         return stock
+
+    def _status(
+        self, t: Tensor, here: Tensor, seen: dict[int, Memory], ours: frozenset[int]
+    ) -> str:
+        """Return what became of a tensor's memory, `here`."""
+        memory = seen.get(geometry.storage_id(here))
+        is_older = memory is None or memory.storage_id in ours
+        if here.numel() == 0 or (memory is not None and memory.touched):
+            return "written"
+        if emptied.is_garbage(t) or (memory is not None and memory.is_noted and not is_older):
+            return "unwritten"
+        if self.is_about_new and is_older:
+            return "kept"
+        if self.is_about_models and geometry.storage_id(here) in ours:
+            return "unwritten" if isinstance(t, nn.Parameter) else "kept"
+        # What `empty` did not make has values, if all was seen; a version tells of a write.
+        known = self.sees_all or t.is_inference() or t._version > 0 or here._version > 0
+        return "written" if known else "unseen"
 
     @property
     def unwritten(self) -> list[str]:
@@ -169,21 +191,45 @@ class Report:
         return self._stock.kept
 
     def check(self) -> None:
-        """Raise RuntimeError if something holds whatever was in its memory before.
+        """Raise RuntimeError if something was never initialised, and name it.
 
-        After `init_model_` these are parameters that its function did not write; after
-        `materialize_` whatever is still on the meta device.
+        That is every parameter and buffer of the report's models that is still lazy or on the meta
+        device, or in memory that nobody has written: made by an `empty` in the scope, or by
+        `to_empty` since fastinit was imported. After `init_model_` it is also every parameter that
+        its function left alone; buffers it left alone have values from before.
+
+        A plain `fused()` begins to watch with its first fill of 32,768 elements (at once if there
+        is something that `to_empty` made), and leaves small tensors alone: if there was no such
+        fill, or something could be an `empty` that was not seen, this raises, too, and says so.
+        With `fused(watch=True)`, or a seed, all is seen from the beginning. What is partly written
+        counts as written, as does what somebody else may have written by its address.
+
+        It also raises if nothing could be captured, if a seed's numbers depend on more than the
+        names (`unnamed`), and before the scope is over.
         """
         if self.reason:
             raise RuntimeError(f"nothing was captured: {self.reason}")
-        if self.unwritten:
-            found = self.unwritten
+        if self._left is None:
+            raise RuntimeError("the scope is not over yet: ask its report afterwards")
+        if self._found is None and any(ref() is None for ref, _ in self.roots):
+            raise RuntimeError("the model that the report is about does not exist any more")
+        found = self.unwritten
+        if found:
             raise RuntimeError(f"{len(found)} tensors were never initialised: {table.some(found)}")
         if self.unnamed:
             found = [f"{what} ({why}, {where})" for what, (where, why) in self.unnamed.items()]
             raise RuntimeError(
                 f"{len(found)} tensors have numbers of the seed that depend on more than their "
                 f"names: {table.some(found)}"
+            )
+        hint = "; fused(watch=True) sees everything"
+        if not (self.has_begun or self.sees_all):
+            raise RuntimeError(f"nothing was watched, as no fill was of 32,768 elements{hint}")
+        found = self._stock.unseen
+        if found:
+            raise RuntimeError(
+                f"{len(found)} tensors may be uninitialised, as nobody watched what made them: "
+                f"{table.some(found)}{hint}"
             )
 
     @contextmanager
@@ -220,7 +266,7 @@ class Report:
         if isinstance(value, Tensor) and is_plain(value) and value.numel() == 1:
             self.registered.add(geometry.storage_id(value))
 
-    def named_tensors(self, final: bool = True) -> Iterator[tuple[str, Tensor]]:
+    def named_tensors(self, final: bool = True, lazy: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield names of the models it is about, then of the outermost modules the scope made.
 
         Of several of these all but the first have a number before their names. `final`: these are
@@ -229,9 +275,9 @@ class Report:
         for ref, prefix in self.roots:
             model = ref()
             if model is not None:
-                yield from ((name, t) for name, _, _, t in named_tensors(model, prefix))
+                yield from ((name, t) for name, _, _, t in named_tensors(model, prefix, lazy))
         for i, m in enumerate(self._outermost() if final and not self.is_about_models else ()):
-            for name, _, _, t in named_tensors(m, self.prefix + (f"~{i}." if i else "")):
+            for name, _, _, t in named_tensors(m, self.prefix + (f"~{i}." if i else ""), lazy):
                 yield name, t
 
     def has_several_models(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastinit import execute
-from fastinit.capture import chains, hooks, operators
+from fastinit.capture import chains, emptied, hooks, operators
 from fastinit.capture.operators import leaves
 from fastinit.capture.pending import Memory, Pending, Stage, is_all
 from fastinit.capture.report import Report
@@ -44,6 +44,7 @@ class Scope(Mode, Recorder):
         super().__init__()
         self.report = report
         self.keeps_all = keeps_all or self.of_any_size  # what is small is noted, too
+        report.sees_all = self.keeps_all
         self.pending = Pending(report, self._write, self.of_any_size)
         self._scratch: Tensor | None = None  # for a generator's state
         self._others = Others()  # may read what waits
@@ -57,8 +58,10 @@ class Scope(Mode, Recorder):
             hooks.begin_recording(self)
             self.__enter__()  # type: ignore[no-untyped-call]
             self.modes, self.is_idle = 1, False
+            self.report.has_begun = True
             if not self.report.is_about_models:
                 self.report.begin()
+            self.pending.watch(emptied.left())
         return not self.is_idle
 
     def _may_begin(self) -> bool:
@@ -76,6 +79,7 @@ class Scope(Mode, Recorder):
     def close(self) -> None:
         """Write what still waits: the scope is over. May be called again if it was interrupted."""
         try:
+            self._hold_emptied()
             self.finish()
         except KeyboardInterrupt as interrupt:
             if self.pending.cost() > _MOST_AFTER_INTERRUPT:
@@ -85,6 +89,14 @@ class Scope(Mode, Recorder):
         finally:
             self.report.close(self.pending.close())
             self.is_closed = True
+
+    def _hold_emptied(self) -> None:
+        """Let the report be about modules that were emptied before the scope and filled in it."""
+        if self.pending.watches and not self.report.is_about_models:
+            for module in emptied.modules():
+                tensors = (*module.parameters(), *module.buffers())
+                if any(self.pending.has_written(t) for t in tensors):
+                    self.hold(module, "", None)
 
     def finish(self) -> None:
         """Write what still waits, at the end of the scope."""
@@ -142,7 +154,7 @@ class Scope(Mode, Recorder):
             and storage_id(t) not in self.pending.filled
             and not any(isinstance(x, Tensor) for x in args)
         )
-        if passes and self.keeps_all:
+        if passes and (self.keeps_all or self.pending.watches):
             self.pending.called(t, function, args)
         return passes
 
@@ -230,6 +242,10 @@ class Scope(Mode, Recorder):
 
     def hold(self, module: nn.Module, name: str, value: object) -> None:
         self.report.hold(module, name, value)
+
+    def emptied(self, module: nn.Module, new: list[Tensor]) -> None:
+        self.hold(module, "", None)
+        self.pending.watch(new)
 
     def read(self, t: Tensor, how: str) -> None:
         """Write what waits in a tensor that is about to be read without an operator."""

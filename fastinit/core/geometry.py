@@ -67,6 +67,11 @@ def in_reals(t: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return 2 * offset, (*sizes, 2), (*(2 * stride for stride in strides), 1)
 
 
+def is_simple(t: Tensor) -> bool:
+    """Return whether the same is true of a subclass, as it does nothing of its own to operators."""
+    return t.layout is _STRIDED and type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def largest(dtype: torch.dtype) -> float:
     """Return up to which size numbers are no reason for torch to raise."""
     return _LARGEST.get(dtype, _LARGEST_OTHER)

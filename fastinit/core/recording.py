@@ -109,6 +109,9 @@ class Recorder:
     def meanwhile(self, what: threading.Thread | Future[Any] | Tensor) -> None:
         """Take note of what another thread has started, or whose address it got to know."""
 
+    def emptied(self, module: nn.Module, new: list[Tensor]) -> None:
+        """Take note that a module's `to_empty` has made these tensors."""
+
     def hold(self, module: nn.Module, name: str, value: object) -> None:
         """Take note that a module is about to get a parameter, a buffer or a child."""
 

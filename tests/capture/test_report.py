@@ -282,7 +282,8 @@ def test_reason(where: Callable[[list[Report]], None], monkeypatch: pytest.Monke
 
 def test_unnamed() -> None:
     """What a seed gave to tensors without names is said, and check() raises."""
-    report = Report()
+    with fused(watch=True) as report:
+        pass
     report.unnamed["0.weight"] = ("model.py:3", "read before the block knew its name")
     report.unnamed["(50, 60)"] = ("model.py:9", "no module has it")
     with pytest.raises(RuntimeError, match=r"2 tensors .* names: 0\.weight \(read .*model\.py:3\)"):
