@@ -60,7 +60,7 @@ def init_model_(
     if is_recording_a_plan():
         raise RuntimeError("init_model_ cannot be part of a Plan that is being recorded")
     with adopting(tensors_of(model), model, seed, prefix, orthogonal) as report:
-        run = Initialisation(model)
+        run = Initialisation(model, anew=seed is not None)
         run(rule)
     report.initialised_by += run.chosen
     run.warn(3)
@@ -139,36 +139,38 @@ def _fill_missing(
         slots = [s for s in named if s[3].is_meta]
         swaps = torch.__future__.get_swap_module_params_on_conversion()
         memory: Memory = {}
-        new: dict[int, Tensor] = {}  # tied tensors are one object
-        swapped: dict[int, Tensor] = {}  # what parameters that stay the same objects were
+        made: dict[int, Tensor] = {}  # by the id of the meta tensor: tied ones are one object
         unwritten: list[str] = []
         watch = Watch(())
         try:
+            for _, _, _, old in slots:
+                if id(old) not in made:
+                    made[id(old)] = with_memory(old, device, dtype, memory)
+                    made[id(old)].__dict__.pop("_is_hf_initialized", None)
+            watch.add(*made.values())
+            if swaps:  # parameters stay the same objects
+                meta = {id(s[3]): s[3] for s in slots if isinstance(s[3], nn.Parameter)}
+                torch_api.swap([(t, made[key]) for key, t in meta.items()], model.modules())
             for _, m, name, old in slots:
-                if id(old) not in new:
-                    made = with_memory(old, device, dtype, memory)
-                    made.__dict__.pop("_is_hf_initialized", None)
-                    watch.add(made)
-                    new[id(old)] = made
-                    if swaps and isinstance(old, nn.Parameter):
-                        torch_api.swap(old, made)
-                        new[id(old)], swapped[id(old)] = old, made
-                if new[id(old)] is not old:
-                    setattr(m, name, new[id(old)])
+                if old.is_meta:
+                    setattr(m, name, made[id(old)])
+            new = {id(s[3]): made[id(s[3])] if s[3].is_meta else s[3] for s in slots}
             memory.clear()
             watch.add(*there)
             missing = {id(t) for t in (*new.values(), *there)}
-            run = Initialisation(model, None if names is None else missing, watch, device)
+            given = None if names is None else missing
+            run = Initialisation(model, given, watch, device, anew=True)
             run(rule)
         finally:
-            left = {key for key, t in new.items() if not watch.is_written(t)}
+            now = {id(s[3]): made.get(id(s[3])) if s[3].is_meta else s[3] for s in slots}
+            left = {k: t for k, t in now.items() if t is not None and not watch.is_written(t)}
             for path, m, name, old in slots:
-                if id(old) in left and getattr(m, name, None) is new[id(old)]:
+                if id(old) in left and getattr(m, name, None) is left[id(old)]:
                     unwritten.append(prefix + path)
-                    if new[id(old)] is not old:
+                    if old.is_meta:
                         setattr(m, name, old)
-            for key in left & swapped.keys():
-                torch_api.swap(new[key], swapped[key])
+            back = [(t, made[key]) for key, t in left.items() if made[key].is_meta]
+            torch_api.swap(back, model.modules() if back else ())
     report.initialised_by += run.chosen
     run.warn(4)
     if unwritten:

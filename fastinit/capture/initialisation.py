@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastinit.capture import rules
 from fastinit.capture.missing import Device, Watch, stand_ins, tensors_of
 from fastinit.capture.names import named_tensors
 from fastinit.capture.rules import Rule
+
+Ids = Container[int] | None  # of tensors; None: of all
 
 
 class Initialisation:
@@ -24,16 +28,19 @@ class Initialisation:
             all may be written
         watch: sees what is written of these
         device: for functions that ask for one
+        anew: nothing is to depend on what was in these tensors before
     """
 
     def __init__(
         self,
         model: nn.Module,
-        missing: set[int] | None = None,
+        missing: Ids = None,
         watch: Watch | None = None,
         device: Device = None,
+        anew: bool = False,
     ) -> None:
         self._model, self._missing, self._watch = model, missing, watch
+        self._anew = anew
         self._device = None if device is None else torch.device(device)
         self._methods: dict[type, tuple[str, str, bool]] = {}
         self._others = False  # something was reset beside what brings its own
@@ -51,7 +58,7 @@ class Initialisation:
         if self._others:
             self.chosen.append("reset_parameters of each module")
 
-    def _walk(self, m: nn.Module, missing: set[int] | None) -> None:
+    def _walk(self, m: nn.Module, missing: Ids) -> None:
         """Initialise what is in a module, or what of it is missing."""
         if missing is not None and not any(id(t) in missing for t in tensors_of(m)):
             return
@@ -73,42 +80,63 @@ class Initialisation:
             with self._sparing(m, missing):
                 rules.reset_adapters(self._model, m)
 
-    def _reset(self, m: nn.Module, missing: set[int] | None) -> None:
+    def _reset(self, m: nn.Module, missing: Ids) -> None:
         method = rules.resetting(m)
         if method is not None:
             self._others = True
             with self._sparing(m, missing):
                 method()
 
-    def _run_own(self, m: nn.Module, name: str, missing: set[int] | None) -> None:
-        """Call a module's own method, then reset what that left alone."""
+    def _run_own(self, m: nn.Module, name: str, missing: Ids) -> None:
+        """Call a module's own method, then reset what that left alone.
+
+        What it reads, or changes without overwriting it, is reset before, as in a constructor; what
+        it overwrites in part is reset but for that.
+        """
         if self._watch is None:
             self._watch = Watch(tensors_of(self._model))
         watch = self._watch
         rule = rules.own(m, name)
         path = next(path for path, x in self._model.named_modules() if x is m)
-        with self._sparing(m, missing), self._watching():
+        resets = self._resets(m, missing) if self._anew else []
+        with self._sparing(m, missing), self._watching(), watch.expecting(resets):
             rules.forget_flags(m)
             rule.run(m, self._where())
             for x in m.modules():
                 rules.reset_adapters(self._model, x)
-        named = [s for s in named_tensors(m) if missing is None or id(s[3]) in missing]
-        left = {id(t): n for n, _, _, t in named if not watch.is_changed(t)}
         self.chosen.append(f"{path}: {rule.text}" if path else rule.text)
-        if left:
-            others, self._others = self._others, False
-            with self._watching():
-                for child in m.children():
-                    self._walk(child, set(left))
-                self._reset(m, set(left))
-            self._others = others
-            done = [n for n, _, _, t in named if id(t) in left and watch.is_written(t)]
-            if done:
-                more = f" and {len(done) - 3} more" if len(done) > 3 else ""
-                shown = ", ".join(f"{path}.{n}" if path else n for n in done[:3])
-                self.chosen.append(f"reset_parameters for what that left: {shown}{more}")
+        named = [s for s in named_tensors(m) if missing is None or id(s[3]) in missing]
+        left = {id(t): n for n, _, _, t in named if not watch.is_written(t)}
+        if not left:
+            return
+        others = self._others
+        with self._watching():
+            for t, complete in self._resets(m, left) if self._anew else ():
+                if watch.is_changed(t):
+                    complete()
+            untouched = {id(t) for _, _, _, t in named if not watch.is_changed(t)}
+            for child in m.children() if untouched else ():
+                self._walk(child, untouched)
+            if untouched:
+                self._reset(m, untouched)
+        self._others = others
+        done = [n for n, _, _, t in named if id(t) in left and watch.is_written(t)]
+        if done:
+            more = f" and {len(done) - 3} more" if len(done) > 3 else ""
+            shown = ", ".join(f"{path}.{n}" if path else n for n in done[:3])
+            self.chosen.append(f"reset_parameters for what that left: {shown}{more}")
 
-    def _sparing(self, m: nn.Module, missing: set[int] | None) -> AbstractContextManager[None]:
+    def _resets(self, m: nn.Module, missing: Ids) -> list[tuple[Tensor, Callable[[], None]]]:
+        """Return what is missing in a module, and functions that reset what nobody has written."""
+        watch = self._watch
+        assert watch is not None
+        return [
+            (t, functools.partial(watch.complete, t, functools.partial(self._reset, x, {id(t)})))
+            for _, x, _, t in named_tensors(m)
+            if (missing is None or id(t) in missing) and not watch.is_written(t)
+        ]
+
+    def _sparing(self, m: nn.Module, missing: Ids) -> AbstractContextManager[None]:
         if missing is None or all(id(t) in missing for t in tensors_of(m)):
             return nullcontext()
         assert self._watch is not None

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -66,13 +67,14 @@ def _distributed(old: Any, device: Device, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def stand_ins(model: nn.Module, missing: set[int], watch: Watch) -> Iterator[None]:
+def stand_ins(model: nn.Module, missing: Container[int], watch: Watch) -> Iterator[None]:
     """Put others in the place of a model's tensors, but for those with these ids, for a while.
 
     Whoever reads one before it is written finds the values of what it stands for.
     """
     memory: Memory = {}
     made: dict[int, Tensor] = {}  # by the id of what it stands for
+    copies: list[tuple[Tensor, Callable[[], object]]] = []
     slots: list[tuple[nn.Module, str, Tensor]] = []
     for m in model.modules():
         if isinstance(m, torch.jit.ScriptModule):
@@ -83,11 +85,15 @@ def stand_ins(model: nn.Module, missing: set[int], watch: Watch) -> Iterator[Non
     try:
         for m, name, t in slots:
             if id(t) not in made:
-                made[id(t)] = _stand_in(t, memory, watch)
+                made[id(t)] = new = _stand_in(t, memory)
+                if geometry.is_plain(shard.local(t)) and not t.is_meta:
+                    whole = _whole(new), _whole(t)
+                    copies.append((new, functools.partial(Tensor.copy_, *whole)))
             put(m, name, made[id(t)])
-        yield
+        with watch.expecting(copies, True):
+            del copies, memory
+            yield
     finally:
-        watch.expect_no_more()
         for m, name, t in slots:
             if name in m._parameters or name in m._buffers:
                 put(m, name, t)
@@ -98,14 +104,18 @@ def stand_ins(model: nn.Module, missing: set[int], watch: Watch) -> Iterator[Non
                     put(m, name, real[id(t)])
 
 
-def _stand_in(t: Tensor, memory: Memory, watch: Watch) -> Tensor:
-    here = shard.local(t)
-    if t.is_meta or not geometry.is_plain(here):
+def _stand_in(t: Tensor, memory: Memory) -> Tensor:
+    if t.is_meta or not geometry.is_plain(shard.local(t)):
         copy = t.detach().clone()
         return _as(t, copy) if type(copy) in geometry.PLAIN else copy
-    new = with_memory(t, t.device, None, memory)
-    watch.expect(shard.local(new), here)
-    return new
+    return with_memory(t, t.device, None, memory)
+
+
+def _whole(t: Tensor) -> Tensor:
+    """Return all of a tensor's storage."""
+    here = shard.local(t).detach()
+    items = geometry.storage_of(here).nbytes() // here.element_size()
+    return here.as_strided((items,), (1,), 0)
 
 
 def put(m: nn.Module, name: str, t: Tensor) -> None:
@@ -125,9 +135,10 @@ class Watch(Mode):
         self._missing: set[int] = set()  # storages that nobody has written
         self._partly: dict[int, Tensor] = {}  # storage -> -1 in each byte that is written
         self._changed: set[int] = set()  # storages that something wrote to in any way
-        # Stand-ins by storage that nobody has written or read: they and what they stand for.
-        self._expected: dict[int, tuple[Tensor, Tensor]] = {}
-        self._is_on = False
+        # What gives a storage its values before somebody reads it; of those that nobody has read
+        # or written. And whether it does when they are overwritten in part, too.
+        self._expected: dict[int, tuple[Callable[[], object], bool]] = {}
+        self._is_on = self._is_inside = False
         self.add(*tensors)
 
     def add(self, *tensors: Tensor) -> None:
@@ -160,26 +171,54 @@ class Watch(Mode):
         """Return whether something wrote to a tensor, though it need not have overwritten it."""
         return geometry.storage_id(shard.local(t)) in self._changed or self.is_written(t)
 
-    def expect(self, new: Tensor, old: Tensor) -> None:
-        """Let a stand-in get the values of the tensor it stands for, if somebody reads them."""
-        if new.numel() == 0:
-            return
-        items = geometry.storage_of(new).nbytes() // new.element_size()
-        whole = (x.detach().as_strided((items,), (1,), 0) for x in (new, old))
-        self._expected.setdefault(geometry.storage_id(new), (*whole,))  # type: ignore[arg-type]
-        if recording.this_thread.recorder is None:  # nobody sees how memory is read
-            self._supply(new)
+    def complete(self, t: Tensor, write: Callable[[], object]) -> None:
+        """Let a function write what of a tensor has not been written yet."""
+        here = shard.local(t).detach()
+        kept = None
+        if geometry.storage_id(here) in self._partly:
+            written = self._marks(here) == _MARK[here.element_size()]
+            written = written.view(*here.shape, -1)[..., 0].to(here.device)  # of a complex number
+            kept = here.clone()
+        write()
+        if kept is not None:
+            here.copy_(torch.where(written, kept, here))
 
-    def expect_no_more(self) -> None:
-        self._expected.clear()
+    @contextmanager
+    def expecting(
+        self, writes: Iterable[tuple[Tensor, Callable[[], object]]], in_part: bool = False
+    ) -> Iterator[None]:
+        """Let functions write what is read or changed before somebody has overwritten it.
+
+        `in_part`: also what is overwritten in part.
+        """
+        keys = []
+        for t, write in writes:
+            here = shard.local(t)
+            if geometry.is_plain(here) and here.numel() != 0:
+                keys.append(geometry.storage_id(here))
+                self._expected.setdefault(keys[-1], (write, in_part))
+                if recording.this_thread.recorder is None:  # nobody sees how memory is read
+                    self._supply(here)
+        try:
+            yield
+        finally:
+            for key in keys:
+                self._expected.pop(key, None)
 
     def _supply(self, t: Any) -> None:
-        """Give a stand-in the values of what it stands for."""
+        """Write to what is about to be read before anybody has."""
         t = shard.local(t)
         if self._expected and geometry.is_plain(t):
             found = self._expected.pop(geometry.storage_id(t), None)
-            if found is not None:
-                found[0].copy_(found[1])
+            if found is not None and self._is_inside:
+                self._is_inside = False
+                try:
+                    with self:  # which is off the stack while it looks at an operator
+                        found[0]()
+                finally:
+                    self._is_inside = True
+            elif found is not None:
+                found[0]()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -188,11 +227,15 @@ class Watch(Mode):
         schema = getattr(func, "_schema", None)
         overwrites = schema is not None and schema.is_mutable and schema.name in OVERWRITING
         if self._expected and not is_view(func) and func not in EMPTY:
-            for t in leaves((args[1:] if overwrites else args, kwargs)):
-                if isinstance(t, Tensor):
-                    self._supply(t)
-            if overwrites:
-                self._overwritten(args[0])
+            self._is_inside = True
+            try:
+                for t in leaves((args[1:] if overwrites else args, kwargs)):
+                    if isinstance(t, Tensor):
+                        self._supply(t)
+                if overwrites:
+                    self._overwritten(args[0])
+            finally:
+                self._is_inside = False
         result = func(*args, **kwargs)
         if schema is not None and schema.is_mutable:
             out = [kwargs.get(x.name) for x in schema.arguments if x.is_out]
@@ -206,12 +249,13 @@ class Watch(Mode):
         return result
 
     def _overwritten(self, t: Tensor) -> None:
-        """Let go of what a stand-in stands for, as all of it is overwritten, or supply the rest."""
+        """Expect nothing any more where all is overwritten; supply what is not, if so wanted."""
         t = shard.local(t)
         if self._expected and geometry.is_plain(t):
+            key = geometry.storage_id(t)
             if t.numel() * t.element_size() == geometry.storage_of(t).nbytes():
-                self._expected.pop(geometry.storage_id(t), None)
-            else:
+                self._expected.pop(key, None)
+            elif self._expected.get(key, (None, False))[1]:
                 self._supply(t)
 
     def note(self, t: Tensor) -> None:

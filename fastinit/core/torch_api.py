@@ -10,12 +10,12 @@ operator, `_parameters`, `_buffers` and `_modules` of a module.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import init as _init
 from torch.utils import _python_dispatch
@@ -106,7 +106,20 @@ is_functional: Callable[[Tensor], bool] = torch._is_functional_tensor  # of func
 set_versions: Callable[[tuple[Tensor, ...], tuple[int, ...]], None] = (  # of tensors
     _C._autograd._unsafe_set_version_counter
 )
-swap: Callable[[Tensor, Tensor], None] = torch.utils.swap_tensors  # what two objects are
+_swap_tensors: Callable[[Tensor, Tensor], None] = torch.utils.swap_tensors
+
+
+def swap(pairs: Iterable[tuple[Tensor, Tensor]], modules: Iterable[nn.Module]) -> None:
+    """Swap what pairs of objects are; modules that hold weak references let go of them first."""
+    recurrent = [m for m in modules if isinstance(m, nn.RNNBase)]
+    for m in recurrent:
+        m._flat_weight_refs = []
+    for one, other in pairs:
+        _swap_tensors(one, other)
+    for m in recurrent:
+        m._init_flat_weights()
+
+
 # An id that tensors over the same memory have in common while it lives.
 storage_id: Callable[[Tensor], int] = getattr(_C, "_storage_id", _slow_storage_id)
 storage_of_weak: Callable[[int], torch.UntypedStorage | None] = (  # None: it has died

@@ -346,3 +346,78 @@ def test_reset_parameters_of_the_model() -> None:
     torch.manual_seed(7)
     fastinit.init_model_(model, model.reset_parameters)
     assert_equal_seen(want, values(model), "model")
+
+
+# ---- methods that only change what a constructor has made ----
+
+
+class Scaled(Base):
+    """Rescales one weight, zeroes a row of another, overwrites one bias half by half."""
+
+    def init_weights(self) -> None:
+        with torch.no_grad():
+            self.body[0].weight.mul_(0.1)
+            self.emb.weight[3].zero_()
+            self.body[2].bias[:30].fill_(1)
+            self.body[2].bias[30:].fill_(2)
+
+
+class Copied(Base):
+    """A student and its teacher, in numpy's way and torch's."""
+
+    def init_weights(self) -> None:
+        self.body[2].bias.data.copy_(self.body[0].bias.data[:60])
+        self.body[0].bias.data.add_(float(self.body[0].bias.detach().numpy().max()))
+
+
+def constructed(kind: type[Any], seed: int) -> nn.Module:
+    """Each tensor has its own law's numbers: the plain walk, then the method."""
+    model = kind()
+    fastinit.init_model_(model, fastinit.reset_parameters, seed=seed)
+    model.init_weights()
+    return model
+
+
+@pytest.mark.parametrize("how", ["meta", "real"])
+@pytest.mark.parametrize("kind", [Scaled, Copied])
+def test_what_is_changed_is_reset_before(kind: type[Any], how: str) -> None:
+    """Seeded, so that the order of draws means nothing: as in a constructor."""
+    model = on_meta(kind) if how == "meta" else kind()
+    fill(model, how, seed=3).check()
+    for (name, a), b in zip(model.named_parameters(), constructed(kind, 3).parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_what_is_changed_is_reset_before_without_a_seed() -> None:
+    model = on_meta(Scaled)
+    torch.manual_seed(7)
+    fastinit.materialize_(model).check()
+    generator = torch.get_rng_state()
+    expected = Scaled()
+    torch.manual_seed(7)
+    with torch.no_grad():
+        expected.body[0].reset_parameters()  # its weight is changed first
+        weight = expected.body[0].weight.mul(0.1)
+        expected.emb.reset_parameters()  # of it a row is overwritten
+        expected.body[0].reset_parameters()  # its bias is left
+        expected.body[0].weight.copy_(weight)
+        expected.body[1].reset_parameters()
+        expected.emb.weight[3].zero_()
+        expected.body[2].bias[:30].fill_(1)
+        expected.body[2].bias[30:].fill_(2)
+        kept = expected.body[2].bias.clone()
+        expected.body[2].reset_parameters()  # its weight is left
+        expected.body[2].bias.copy_(kept)
+    for (name, a), b in zip(model.named_parameters(), expected.parameters()):
+        assert torch.equal(a, b), name
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_a_model_that_is_there_is_changed_as_it_is() -> None:
+    """Without a seed it is the method of the model: nothing is drawn for what that changes."""
+    model, expected = Scaled(), Scaled()
+    expected.load_state_dict(model.state_dict())
+    expected.init_weights()
+    fastinit.init_model_(model)
+    assert torch.equal(model.body[0].weight, expected.body[0].weight)
+    assert torch.equal(model.emb.weight, expected.emb.weight)
