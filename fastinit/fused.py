@@ -74,7 +74,8 @@ class fused(ContextDecorator):
     ) -> None:
         if wrong:
             what = getattr(wrong[0], "__name__", repr(wrong[0]))
-            hint = f"@fused() before {what}" if callable(wrong[0]) else f"fused(seed={what})"
+            hint = "fused(seed=...)" if not isinstance(wrong[0], int) else f"fused(seed={what})"
+            hint = f"@fused() before {what}" if callable(wrong[0]) else hint
             raise TypeError(f"fused takes what it is given by name, not {what}: write {hint}")
         self._progress = progress
         self._seed = None if seed is None else Key(seed).seed

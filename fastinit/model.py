@@ -224,16 +224,16 @@ def checked(
         if not isinstance(device, torch.device | str | int):
             hint = f"; write dtype={device}" if isinstance(device, torch.dtype) else ""
             raise TypeError(f"{function}: device is a torch.device or its name, not {device}{hint}")
+        if isinstance(device, int) and device >= torch.accelerator.device_count():
+            raise RuntimeError(
+                f"{function}: there is no GPU {device}; for a seed write seed={device}"
+            )
         try:
             where = torch.device(device)
         except RuntimeError:
             raise RuntimeError(
                 f'{function}: there is no device {device!r}; write "cpu", "cuda" or "cuda:1"'
             ) from None
-        if isinstance(device, int) and device >= torch.cuda.device_count():
-            raise RuntimeError(
-                f"{function}: there is no GPU {device}; for a seed write seed={device}"
-            )
         if where.type == "meta":
             raise ValueError(
                 f'{function}: tensors get memory, which the meta device has not; write "cpu" or '

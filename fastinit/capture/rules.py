@@ -67,9 +67,10 @@ def rule_of(fn: Fn, model: nn.Module) -> Rule:
         fn = getattr(model, fn.__name__)  # Net.init_weights, of this model
     found = _rule(fn, _is_of_module(fn))
     if found is None:
+        takes = ", ".join(inspect.signature(fn).parameters)
         raise TypeError(
-            f"fn is called with each module or, if it takes nothing, once; {name} takes "
-            f"{inspect.signature(fn)}: give the rest by functools.partial or a lambda"
+            "fn is called with each module or, if it takes nothing, once; "
+            f"{name} takes ({takes}): give the rest by functools.partial or a lambda"
         )
     return found
 
