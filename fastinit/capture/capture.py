@@ -287,7 +287,7 @@ def _handlers() -> dict[Any, Callable[[Capture, Any, Any, Kwargs], Any]]:
         torch.ops.aten.clone.default: lambda c, f, x, k: c._clone(f, x, k),
         torch.ops.aten.copy_.default: lambda c, f, x, k: c._copy(f, x, k),
         operators.CONVERT: Capture._convert,
-        **dict.fromkeys(operators.IN_PLACE, Capture._in_place),
+        **dict.fromkeys(operators.IN_PLACE, lambda c, f, x, k: c._in_place(f, x, k)),
         **dict.fromkeys(operators.OUT_OF_PLACE, Capture._out_of_place),
         **dict.fromkeys(operators.EMPTY, Capture._empty),
         **dict.fromkeys(operators.REPLACE_MEMORY, Capture._replace_memory),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,9 +19,9 @@ from fastinit import execute
 from fastinit.capture import operators
 from fastinit.capture.capture import HANDLERS, Capture
 from fastinit.capture.names import Names, box_of
-from fastinit.capture.operators import leaves
 from fastinit.capture.pending import Memory, Stage, is_all
 from fastinit.capture.report import Report
+from fastinit.capture.slices import ShardedCapture
 from fastinit.capture.waiting import Identity, KeyedFill, Place, Waiting, view
 from fastinit.capture.written import caller
 from fastinit.core import geometry, kernels, keyed_numbers, shard
@@ -88,9 +87,10 @@ class Keys:
         assert fill.memory is not None
         self.look_up(False)
         identity = fill.identity
-        own = self._names.find(fill.memory.storage_id, fill.box, fill.law)
+        own = self._names.find(fill.memory.storage_id, fill.box, fill.law, fill.first)
         if not identity.label:
-            found = (self._names.find(m.storage_id, b, fill.law) for m, b in identity.members)
+            among = identity.members
+            found = (self._names.find(m.storage_id, b, fill.law, fill.first) for m, b in among)
             name = next((f[0] for f in found if f is not None), None)
             first = identity.members[0][0] if identity.members else fill.memory
             if name is None and not first.label:
@@ -137,11 +137,21 @@ class KeyedCapture(Capture):
         law: Law,
         slabs: Sequence[Slab] | None = None,
         given: tuple[int, str] | None = None,
+        fallback: Sequence[Slab] | None = None,
+        first: int | None = None,
     ) -> None:
-        """Record a law for a tensor, or write it at once. `given`: the key and what to call it."""
+        """Record a law for a tensor, or write it at once.
+
+        Args:
+            slabs: where its elements stand, if that is not said by its name
+            given: the key and what to call it
+            fallback: where its elements stand if it has no name
+            first: index in the whole parameter of the first element of a matrix that is a part of
+                it, of which the tensor is a part
+        """
         law = keyed_numbers.checked(law, t.dtype)
         here = shard.local(t)
-        labelled = given is None and law.is_random and bool(self.report.roots)
+        labelled = given is None and law.is_random and fallback is None and bool(self.report.roots)
         if here.is_meta or here.numel() == 0:
             if labelled and t.numel() != 0 and not here.is_meta:  # other ranks have some of it
                 self._keys.label(here, law, None)
@@ -159,7 +169,8 @@ class KeyedCapture(Capture):
         else:
             fill.slabs, fill.memory = slabs, memory or Memory(here, False)
             fill.identity = Identity(fill.memory, fill.box)
-            fill.fallback = shard.slabs(t) if shard.is_distributed(t) else None
+            fill.fallback = shard.slabs(t) if shard.is_distributed(t) else fallback
+            fill.first = first
             if labelled:
                 self._keys.label(here, law, fill.memory)
         waits = memory is not None and fill.dtype in geometry.DTYPES and self._may_wait()
@@ -211,7 +222,7 @@ class KeyedCapture(Capture):
         return True
 
 
-class SeededCapture(KeyedCapture):
+class SeededCapture(KeyedCapture, ShardedCapture):
     """Gives everything that is drawn from torch's default generators the numbers of a seed.
 
     All that is filled may wait, whatever its size, since its name may come later; of a DTensor this
@@ -223,15 +234,13 @@ class SeededCapture(KeyedCapture):
 
     def __init__(self, report: Report, seed: int) -> None:
         super().__init__(report, seed)
-        # Views of DTensors that are copies: the view, its operator and arguments, by id.
-        self._copies: dict[int, tuple[weakref.ref[Any], Any, Any]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if args and func not in HANDLERS and shard.is_distributed(args[0]):
             if operators.is_view(func):
-                return self._view_of_sharded(func, args, kwargs)
+                return self._view_of_sharded(func, args, kwargs or {})
             return self._run(func, args, kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -241,13 +250,31 @@ class SeededCapture(KeyedCapture):
         law: Law,
         slabs: Sequence[Slab] | None = None,
         given: tuple[int, str] | None = None,
+        fallback: Sequence[Slab] | None = None,
+        first: int | None = None,
     ) -> None:
-        self._refuse_copy(t)
-        super()._keep(t, law, slabs, given)
+        part = self._slices.find(t)
+        if part is None and law.is_of_shape and shard.is_distributed(t):
+            of = self._slices.region_of(t)
+            if not of.is_all:
+                first, slabs = int(of.region.storage_offset()), shard.slabs(t)
+        if part is None or part.is_all:
+            super()._keep(t if part is None else part.base, law, slabs, given, fallback, first)
+            return
+        law = keyed_numbers.checked(law, t.dtype)
+        if given is None and law.is_random and self.report.roots:
+            here = shard.local(part.base)
+            self._keys.label(here, law, self.pending.find(here))
+        begin = int(part.region.storage_offset()) if law.is_of_shape else None
+        for piece in part.pieces():
+            at = piece.region if law.is_of_shape or given is not None else None
+            super()._keep(piece.here, law, at, given, piece.whole, begin)
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any] | None) -> Any:
-        if operators.writes(func):
-            self._refuse_copy(args[0] if args else None)
+        if self._slices:
+            if operators.writes(func):
+                self._refuse_slices(operators.written(func, args, kwargs or {}))
+            self._gather((args, kwargs))
         if operators.is_random(func) and not any(
             isinstance(x, torch.Generator) for x in (kwargs or {}).values()
         ):
@@ -262,10 +289,8 @@ class SeededCapture(KeyedCapture):
     def _fill(self, func: Any, args: Any, kwargs: dict[str, Any], law_of: operators.LawOf) -> Any:
         t = args[0]
         law = operators.drawn_law(func, args, kwargs)
-        copied = self._copy_of(t)
-        if law is None and copied is not None and copied[0] is torch.ops.aten.select.int:
-            here = shard.selected(*copied[1])  # a padding row, say
-            return t if here is None else self._fill(func, (here, *args[1:]), kwargs, law_of)
+        if law is None and shard.is_distributed(t):
+            return self._write_sharded(func, args, kwargs)
         if law is not None and (type(t) in geometry.PLAIN or shard.is_distributed(t)):
             self._keep(t, law)
             return t
@@ -290,10 +315,15 @@ class SeededCapture(KeyedCapture):
 
     def _copy(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         to, by = args[0], args[1]
-        if shard.is_distributed(to) and shard.is_distributed(by) and _is_alike(to, by):
-            here = self.pending.find(shard.local(to))
-            if here is not None and self._copy_waiting(here, shard.local(to), shard.local(by)):
-                return to
+        if shard.is_distributed(to):
+            part = self._slices.find(to)
+            if part is None and shard.is_distributed(by) and _is_alike(to, by):
+                self._gather((by,))
+                here = self.pending.find(shard.local(to))
+                if here is not None and self._copy_waiting(here, shard.local(to), shard.local(by)):
+                    return to
+            elif part is not None or not shard.is_distributed(by):
+                return self._write_pieces(self._slices.region_of(to), func, args, kwargs)
         return super()._copy(func, args, kwargs)
 
     def wrote_by(self, what: str, tensors: Iterable[Tensor], draws: bool) -> None:
@@ -306,33 +336,6 @@ class SeededCapture(KeyedCapture):
             gc.collect(1)  # one that only the collector would find dead must not count as the first
         self._keys.look_up(True)  # what is not named now never will be
         super().finish()
-
-    # ---- views of DTensors that are copies -----------------------------------------------------
-
-    def _view_of_sharded(self, func: Any, args: Any, kwargs: dict[str, Any] | None) -> Any:
-        """Make a view of a DTensor; it is a copy if other processes have some of it."""
-        if func is not torch.ops.aten.detach.default:
-            self._settle_arguments(func, args, kwargs)
-        out = func(*args, **kwargs) if kwargs else func(*args)
-        here = geometry.storage_id(shard.local(args[0]))
-        for x in leaves(out):
-            if isinstance(x, Tensor) and shard.is_distributed(x):
-                there = shard.local(x)
-                if type(there) not in geometry.PLAIN or geometry.storage_id(there) != here:
-                    self._copies[id(x)] = weakref.ref(x), func, args
-        return out
-
-    def _copy_of(self, t: Any) -> tuple[Any, Any] | None:
-        """Return operator and arguments of a view of a DTensor that became a copy."""
-        found = self._copies.get(id(t))
-        return found[1:] if found is not None and found[0]() is t else None
-
-    def _refuse_copy(self, t: Any) -> None:
-        if self._copy_of(t) is not None:
-            raise RuntimeError(
-                "this part of a sharded tensor is a copy of what other processes have, so what is "
-                "written to it would be lost"
-            )
 
 
 def _is_alike(to: Any, by: Any) -> bool:

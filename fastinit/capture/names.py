@@ -87,20 +87,24 @@ class Names:
                 self._exact.setdefault((key, box_of(here)), (name, t))
                 self._of.setdefault(key, []).append((name, t))
 
-    def find(self, storage: int, box: Box, law: Law) -> tuple[str, list[Slab] | None] | None:
+    def find(
+        self, storage: int, box: Box, law: Law, first: int | None = None
+    ) -> tuple[str, list[Slab] | None] | None:
         """Return the name that a key is made of, and what of the parameter a box of a storage is.
 
         Matrices that are parts of a parameter are wholes of their own: None as slabs, and the name
         has the index of the first element behind it, in brackets. None if the box is nobody's.
+        `first`: that index, of a matrix of which this is a part.
         """
-        exact = self._exact.get((storage, box))
+        exact = self._exact.get((storage, box)) if first is None else None
         if exact is not None:
             return exact[0], shard.slabs(exact[1])
         for name, t in self._of.get(storage, ()):
             begin = box[0] - box_of(shard.local(t))[0]
             found = shard.part(t, begin, *box[1:])
             if found is not None and law.is_of_shape:
-                return f"{name}[{min((s.index for s in found), default=0)}]", None
+                least = min((s.index for s in found), default=0)
+                return f"{name}[{least if first is None else first}]", None
             if found is not None:
                 return name, found
         return None

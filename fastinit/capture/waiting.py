@@ -65,6 +65,7 @@ class KeyedFill:
     identity: Identity | None = None  # likewise
     slabs: Sequence[Slab] | None = None  # that were given, without a key
     fallback: Sequence[Slab] | None = None  # used when no named parameter covers this memory
+    first: int | None = None  # index of the matrix of which this is a part, in the parameter
     place: Place | None = None  # None: not before some of it is written
 
     @classmethod

@@ -38,6 +38,22 @@ class Slab(NamedTuple):
     dims: _Dims
 
 
+class Piece(NamedTuple):
+    """Elements of a region of the whole parameter that this rank has."""
+
+    here: Tensor  # a view of its memory
+    whole: list[Slab]  # where they stand in the whole, in memory after the first one of `here`
+    region: list[Slab]  # likewise in the region
+    begin: int  # in the region, row-major: the first one
+    steps: tuple[int, ...]  # from there on, for each dimension of `here`
+
+    def of(self, t: Tensor) -> Tensor:
+        """Return the same elements of a dense tensor of the region's shape, or a single one."""
+        if t.dim() == 0:
+            return t
+        return t.as_strided(self.here.shape, self.steps, int(t.storage_offset()) + self.begin)
+
+
 def is_distributed(t: object) -> bool:
     """Return whether it is a DTensor, without importing its module, which takes a second."""
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
@@ -52,18 +68,6 @@ def local(t: Any) -> Tensor:
 def overlaps(t: Tensor) -> bool:
     """Return whether elements share memory."""
     return _layout(t.shape, t.stride()) is None
-
-
-def selected(t: Any, dim: int, index: int) -> Tensor | None:
-    """Return what this rank has of t.select(dim, index), as a view; None: nothing."""
-    held = _held(t, None, None)[1]
-    dim, index = dim % t.dim(), index % t.shape[dim]
-    place = 0
-    for run in (held or [[]] * t.dim())[dim]:
-        if index in run:
-            return local(t).select(dim, place + run.index(index))
-        place += len(run)
-    return None
 
 
 def global_shape(t: Tensor, given: Sequence[int] | None = None) -> torch.Size:
@@ -109,6 +113,110 @@ def part(p: Tensor, begin: int, sizes: Sequence[int], strides: Sequence[int]) ->
     if found and begin == 0 and region == _layout(*in_reals(here)[1:]):
         return found
     return next(filter(None, (_inside(slab, begin, region) for slab in found)), None)
+
+
+def pieces(t: Any, begin: int, sizes: Sequence[int], strides: Sequence[int]) -> list[Piece] | None:
+    """Return what this rank has of a strided region of the whole, which is counted row-major.
+
+    None: the region is not made of ranges of indices of each dimension.
+    """
+    if 0 in sizes:
+        return []
+    units = _row_major(t.shape)
+    ways = _ways(t.shape, units, begin, list(zip(sizes, strides, _row_major(sizes))))
+    if ways is None:
+        return None
+    held, here = _held(t, None, None)[1], local(t).detach()
+    if held is None:
+        return []
+    double = 2 if here.dtype.is_complex else 1
+    parts = ((2, 1, 1),) * (double - 1)
+    found = []
+    for cut in itertools.product(*map(_kept, ways, held)):
+        sizes = [len(indices) for _, indices, _, _ in cut]
+        far = [stride * c[1].step for stride, c in zip(here.stride(), cut)]
+        at = sum(stride * place for stride, (place, *_) in zip(here.stride(), cut))
+        index = sum(first for _, _, first, _ in cut)
+        whole = sum(unit * indices.start for unit, (_, indices, _, _) in zip(units, cut))
+        steps = [unit * indices.step for unit, (_, indices, _, _) in zip(units, cut)]
+        inner = tuple(step for *_, step in cut)
+        in_whole, in_region = (
+            _tidy(Slab(0, double * i, (*parts, *((n, double * m, double * j) for n, m, j in dims))))
+            for i, dims in ((whole, zip(sizes, far, steps)), (index, zip(sizes, far, inner)))
+        )
+        view = here.as_strided(sizes, far, int(here.storage_offset()) + at)
+        found.append(Piece(view, in_whole, in_region, index, inner))
+    return found
+
+
+# Consecutive or equally distant indices of a dimension, where in the region the first of them
+# stands, and how far apart they are there.
+_Way = tuple[range, int, int]
+
+
+def _ways(
+    shape: Sequence[int], units: Sequence[int], begin: int, region: list[tuple[int, int, int]]
+) -> list[list[_Way]] | None:
+    """Return for each dimension of a whole what of it a region has.
+
+    `region`: size, stride in the whole and stride in the region of each dimension.
+    """
+    starts, axes = [], [[] for _ in shape]  # type: ignore[var-annotated]
+    for unit in units:
+        start, begin = divmod(begin, unit)
+        starts.append(start)
+    todo = [dim for dim in region if dim[0] > 1]
+    while todo:
+        n, stride, step = todo.pop()
+        d = next((d for d, unit in enumerate(units) if shape[d] > 1 and unit <= stride), None)
+        if d is None or stride % units[d]:
+            return None
+        far = stride // units[d]
+        turn, left = divmod(shape[d], far)
+        if n <= turn + (left > 0):
+            axes[d].append((far, n, step))
+        elif left == 0 and turn > 1 and n % turn == 0:  # it goes on along the dimension before
+            todo += [(turn, stride, step), (n // turn, turn * stride, turn * step)]
+        else:
+            return None
+    found = []
+    for length, start, axis in zip(shape, starts, axes):
+        reach, ways = 1, [(range(start, start + 1), 0, 1)]
+        for far, n, step in sorted(axis):
+            if far < reach:
+                return None  # indices that come more than once
+            reach += (n - 1) * far
+            if len(ways) == len(ways[0][0]) == 1:
+                ways = [(range(start, start + n * far, far), 0, step)]
+            else:
+                ways = [
+                    (range(r.start + i * far, r.stop + i * far, r.step), first + i * step, inner)
+                    for i in range(n)
+                    for r, first, inner in ways
+                ]
+        if start + reach > length:
+            return None
+        found.append(ways)
+    return found
+
+
+def _kept(ways: list[_Way], runs: _Runs) -> Iterator[tuple[int, range, int, int]]:
+    """Yield what is here of the indices of one dimension, each time after its place in memory."""
+    place = 0
+    for run in runs:
+        for indices, first, step in ways:
+            low = max(0, -(-(run.start - indices.start) // indices.step))
+            high = max(0, -(-(run.stop - indices.start) // indices.step))
+            if cut := indices[low:high]:
+                yield place + cut.start - run.start, cut, first + low * step, step
+        place += len(run)
+
+
+def _row_major(sizes: Sequence[int]) -> list[int]:
+    strides = [1]
+    for n in sizes[:0:-1]:
+        strides.append(strides[-1] * max(n, 1))
+    return strides[: len(sizes)][::-1]
 
 
 def _held(
