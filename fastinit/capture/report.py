@@ -44,7 +44,8 @@ class Row(NamedTuple):
     written_by: tuple[str, ...]
     kind: str  # "parameter", "buffer" or, without a name, ""
     key: str  # of the keyed stream: a name, or "#" and a number; "": torch's numbers
-    status: str  # "written"; "unwritten": nobody has; "kept": a buffer as it was before
+    # "written"; "unwritten": nobody has; "kept": a buffer as it was before; "unseen": not watched
+    status: str
     laws: tuple[Written, ...]
 
 
@@ -318,7 +319,7 @@ class Report:
             keys = ", ".join({f.key: None for f in m.written if f.key})
             rows.append(Row(name, shape, fill.dtype, calls, kind, keys, "written", (*m.written,)))
         shown = {row.name for row in rows}
-        missing = dict.fromkeys(self.unwritten, "unwritten") | dict.fromkeys(self.kept, "kept")
+        missing = {name: s for s in _STATUSES for name in getattr(self._stock, s)}
         for name, t in names.values():
             if name not in shown and t.numel() != 0:
                 kind = "parameter" if isinstance(t, nn.Parameter) else "buffer"

@@ -12,11 +12,30 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fastinit.capture.written import Written
+from fastinit.core.table import clipped, columns
 
 if TYPE_CHECKING:
     from fastinit.capture.report import Report, Row
 
-_WITHOUT_CALLS = {"written": "(as it was made)", "unwritten": "UNWRITTEN", "kept": "KEPT"}
+# Arguments of torch's functions that are not shown.
+_DEFAULTS = (("mode", "fan_in"), ("nonlinearity", "leaky_relu"), ("gain", 1.0))
+    ("mode", "fan_in"),
+    ("nonlinearity", "leaky_relu"),
+    ("gain", 1.0),
+)  # torch's, not shown
+
+# What stands in place of a rule, and what it means.
+_WITHOUT_CALLS = {"written": "(as made)", "unwritten": "UNWRITTEN", "kept": "KEPT"}
+_WITHOUT_CALLS["unseen"] = "(not watched)"
+_MEANINGS = {
+    "*": "any number",
+    "(unnamed)": "no module has it",
+    "(as made)": "has the values it was made with",
+    "(not watched)": "a plain fused() does not watch small tensors",
+    "KEPT": "a buffer as it was before",
+    "UNWRITTEN": "nobody has initialised it",
+    "shared keys": "some are copies of others, with the same numbers",
+}
 
 
 def text(report: Report) -> str:
@@ -24,44 +43,60 @@ def text(report: Report) -> str:
     if report.reason:
         return f"Nothing was captured: {report.reason}."
     width = max(60, shutil.get_terminal_size((100, 24)).columns)
-    lines = [
-        f"{_count(report.recorded_elements)} elements recorded: "
-        f"{_count(report.written_elements)} written ({report.bytes / 2**20:,.0f} MiB in "
-        f"{report.seconds * 1e3:,.1f} ms), {_count(report.dropped_elements)} left out because "
-        "they were overwritten or freed unread.",
-    ]
-    if report.at_once_elements:
-        lines.append(f"{_count(report.at_once_elements)} more filled natively when asked for.")
-    if report.initialised_by:
-        lines.append(f"Initialised by {'; '.join(report.initialised_by)}.")
-    if report.threads:
-        names = ", ".join(sorted(report.threads))
-        lines.append(f"Nothing waited while threads started in the block were running: {names}")
-    lines = [part for line in lines for part in textwrap.wrap(line, width)]
-    lines += _columns([("", "tensor", "shape", "dtype", "written by"), *_rows(report)], width)
+    rows = report.rows()
+    lines = [part for line in head(report, rows) for part in textwrap.wrap(line, width)]
+    if rows:
+        cells = list(_cells(rows))
+        lines += columns([("", "tensor", "shape", "dtype", "written by"), *cells], (), width, 1)
+        shown = "\n".join(f" {cell[1]}\n{cell[4]}" for cell in cells)
+        meanings = [f"{word}: {meaning}" for word, meaning in _MEANINGS.items() if word in shown]
+        lines += textwrap.wrap("; ".join(meanings), width)
+    repeated = f"{len(report.repeated)} tensors (report.repeated)"
     for title, found in (
         ("Never initialised", report.unwritten),
-        ("Buffers that are as they were", report.kept),
-        ("Filled more than once, written once", report.repeated),
+        ("Filled more than once", [repeated] if report.repeated else []),
         ("Tied", [" = ".join(names) for names in report.tied]),
         ("Drawn from torch's generators, whatever the seed", sorted(report.foreign)),
     ):
         if found:
-            more = [f"and {len(found) - 10} more"] if len(found) > 10 else []
-            lines += textwrap.wrap(f"{title}: {', '.join([*found[:10], *more])}", width)
-    early: Counter[tuple[str, str]] = Counter()
-    for e in report.early:
-        early[e.operator, e.line] += e.elements
+            lines += textwrap.wrap(f"{title}: {some(found)}", width)
     if report.unnamed:
         lines.append("Not named, so what the seed gave them depends on the order of the code:")
         for what, (where, why) in list(report.unnamed.items())[:10]:
             lines += textwrap.wrap(f"  {what}: {why}, at {where}", width, subsequent_indent="    ")
         lines += [f"  and {len(report.unnamed) - 10} more"] * (len(report.unnamed) > 10)
+    early: Counter[tuple[str, str]] = Counter()
+    for e in report.early:
+        early[e.operator, e.line] += e.elements
     if early:
         lines.append("Written before the end, since something read or changed it:")
         for (operator, line), elements in early.most_common(10):
-            lines.append(f"  {_count(elements):>8}  {operator} at {line}"[:width])
+            lines.append(clipped(f"  {_count(elements):>8}  {operator} at {line}", width))
     return "\n".join(lines)
+
+
+def head(report: Report, rows: list[Row]) -> Iterator[str]:
+    """Yield sentences on what there is, and on what had to be written for it."""
+    if not (report.has_begun or rows):
+        yield "Nothing was recorded: no fill was of 32,768 elements. fused(watch=True) records all."
+        return
+    elements = sum(math.prod(row.shape) for row in rows)
+    yield f"{len(rows):,} tensor{'s' * (len(rows) != 1)} with {_count(elements)} elements."
+    if report.recorded_elements:
+        left_out = f"{_count(report.dropped_elements)} left out, overwritten or freed unread"
+        yield (
+            f"Fills of {_count(report.recorded_elements)} elements waited: "
+            f"{_count(report.written_elements)} written ({report.bytes / 2**20:,.0f} MiB in "
+            f"{report.seconds * 1e3:,.1f} ms){f', {left_out}' * (report.dropped_elements > 0)}."
+        )
+    if report.at_once_elements:
+        n = _count(report.at_once_elements)
+        yield f"Fills of {n} elements could not wait, and were written natively when asked for."
+    if report.initialised_by:
+        yield f"Initialised by {'; '.join(report.initialised_by)}."
+    if report.threads:
+        names = ", ".join(sorted(report.threads))
+        yield f"Nothing waited while threads started in the block were running: {names}"
 
 
 def some(names: list[str]) -> str:
@@ -69,40 +104,25 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" * (len(names) > 10))
 
 
-def _rows(report: Report) -> Iterator[tuple[str, ...]]:
+def _cells(rows: list[Row]) -> Iterator[tuple[str, ...]]:
     """Yield the cells of each line; layers that differ by numbers in their names only share one."""
-    groups: dict[Row, list[str]] = {}
-    for row in report.rows():
-        pattern = row._replace(name=re.sub(r"\d+", "*", row.name), key="", laws=())
-        groups.setdefault(pattern, []).append(row.name)
-    for row, names in groups.items():
-        n = len(names)
+    groups: dict[Row, list[Row]] = {}
+    for row in rows:
+        pattern = re.sub(r"\d+", "*", row.name)
+        groups.setdefault(row._replace(name=pattern, kind="", key="", laws=()), []).append(row)
+    for pattern, like in groups.items():
+        n, keys = len(like), {row.key for row in like}
+        rule = ", ".join(pattern.written_by) or _WITHOUT_CALLS[pattern.status]
+        if n > len(keys) and "" not in keys:
+            rule = f"shared keys, {rule}"
         yield (
-            *(f"{n} x " if n > 1 else "", (row.name if n > 1 else names[0]) or "(unnamed)"),
-            *("x".join(map(str, row.shape)) or "scalar", str(row.dtype)[6:]),
-            ", ".join(row.written_by) or _WITHOUT_CALLS[row.status],
+            *(f"{n} x " if n > 1 else "", (pattern if n > 1 else like[0]).name or "(unnamed)"),
+            *("x".join(map(str, pattern.shape)) or "scalar", str(pattern.dtype)[6:], rule),
         )
 
 
 def _count(n: int) -> str:
     return f"{n:,}" if n < 10_000_000 else f"{n / 1e6:,.1f} M"
-
-
-def _columns(rows: list[tuple[str, ...]], width: int) -> list[str]:
-    """Return the rows as aligned lines.
-
-    The second cell is cut at its front, so that a third of the width is left for the last.
-    """
-    if len(rows) == 1:
-        return []
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    widths[1] = min(widths[1], max(12, width * 2 // 3 - widths[0] - widths[2] - widths[3] - 8))
-    lines = []
-    for row in rows:
-        cells = [("..." + cell[3 - w :]) if len(cell) > w else cell for cell, w in zip(row, widths)]
-        padded = [cell.ljust(w) for cell, w in zip(cells, widths)]
-        lines.append("  ".join((*padded, row[4]))[:width].rstrip())
-    return lines
 
 
 def call(fill: Written, shape: tuple[int, ...]) -> str:
@@ -112,6 +132,7 @@ def call(fill: Written, shape: tuple[int, ...]) -> str:
         name = "fill_" if fill.op == "constant" else f"{fill.op.rstrip('_')}_"
         return f"{name}({', '.join(f'{x:.4g}' for x in numbers.get(fill.op, ()))})"
     name, arguments = fill.caller
+    arguments = [pair for pair in arguments if pair not in _DEFAULTS]
     shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in arguments]
     if name == "constant_" and not shown:  # it was a tensor
         shown.append(f"val={fill.a:.4g}")

@@ -34,7 +34,10 @@ def test_empty_scope() -> None:
     assert counts(report) == (0, 0, 0, 0)
     assert (report.bytes, report.seconds, report.early, report.reason) == (0, 0.0, [], "")
     assert rows(report) == []
-    assert str(report).startswith("0 elements recorded: 0 written (0 MiB in 0.0 ms), 0 left out")
+    assert str(report) == "0 tensors with 0 elements."
+    with fused() as report:
+        pass
+    assert str(report).startswith("Nothing was recorded: no fill was of 32,768 elements.")
 
 
 def test_one_tensor() -> None:
@@ -45,6 +48,10 @@ def test_one_tensor() -> None:
     assert counts(report) == (5000, 5000, 0, 0)
     assert report.bytes == t.nbytes
     assert 0 < report.seconds < 10
+    head = str(report).split("\n")[:2]
+    assert head[0] == "1 tensor with 5,000 elements."
+    assert head[1].startswith("Fills of 5,000 elements waited: 5,000 written (0 MiB in ")
+    assert "left out" not in head[1]
     assert "natively when asked for" not in str(report)
     assert rows(report) == [("", (5000,), F32, ("normal_(0, 1)",))]
 
@@ -83,7 +90,7 @@ def test_at_once() -> None:
         cut = torch.empty(6000)
         torch_init.trunc_normal_(cut)  # draws as often as its values require
     assert counts(report) == (0, 0, 0, 11000)
-    assert "11,000 more filled natively when asked for." in str(report)
+    assert "Fills of 11,000 elements could not wait, and were written natively" in str(report)
     assert [row.written_by for row in rows(report)] == [
         ("trunc_normal_(mean=0, std=1, a=-2, b=2)",)
     ]

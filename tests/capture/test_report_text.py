@@ -14,6 +14,7 @@ import torch.nn.init as torch_init
 from torch import nn
 
 from fastinit import Report, fused
+from fastinit.core import table
 from tests.support.compare import BF16
 from tests.support.reports import (
     counts,
@@ -63,7 +64,7 @@ def test_the_table_fits(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("1x2x1x2x1x2" in line for line in table)
     assert any("(unnamed)" in line and "50000" in line for line in table)
     begin = lines[head].index("shape")
-    rows = table[1 : next(i for i, line in enumerate(table) if line.startswith("Written"))]
+    rows = table[1 : next(i for i, line in enumerate(table) if line.startswith("*: any number"))]
     assert all(line[begin - 1] == " " for line in rows)  # the columns stand below each other
     assert kept
 
@@ -88,8 +89,8 @@ def test_a_single_layer_keeps_its_number() -> None:
     with fused(watch=True) as report:
         model = nn.Sequential(nn.Linear(90, 80), nn.ReLU(), nn.Linear(80, 90))
     text = str(report)
-    assert "  0.weight  80x90" in text
-    assert "  2.weight  90x80" in text
+    assert "\n0.weight  80x90" in text
+    assert "\n2.weight  90x80" in text
     assert len(model) == 3
 
 
@@ -97,8 +98,9 @@ def test_large_numbers() -> None:
     report = Report(
         recorded_elements=123_456_789, written_elements=9_999_999, dropped_elements=10_000_000
     )
-    text = str(report)
-    assert text.startswith("123.5 M elements recorded: 9,999,999 written")
+    report.has_begun = True
+    text = " ".join(str(report).split())
+    assert "Fills of 123.5 M elements waited: 9,999,999 written" in text
     assert "10.0 M left out" in text
 
 
@@ -143,8 +145,95 @@ def test_it_fits(columns: int, seed: int | None, monkeypatch: pytest.MonkeyPatch
 def test_scalars_have_a_shape() -> None:
     with fused(watch=True) as report:
         model = holder(torch.empty(()))
-    line = next(x for x in str(report).split("\n") if " w " in x)
+    line = next(x for x in str(report).split("\n") if x.startswith("w "))
     assert line.split()[1] != "float32"
+    assert model
+
+
+def rows_of(text: str) -> list[str]:
+    return [line for line in text.split("\n") if "float32" in line]
+
+
+class Long(nn.Module):
+    """Names that differ at their beginning, in the middle, and at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for first in ("encoder", "decoder"):
+            for middle in ("query_projection", "key_projection"):
+                for last in ("a_rather_long_weight", "a_rather_long_height"):
+                    inner = self
+                    for name in (first, "some_attention_block", middle, "with_a_long_name"):
+                        if name not in inner._modules:
+                            inner.add_module(name, nn.Module())
+                        inner = inner._modules[name]  # type: ignore[assignment]
+                    inner.register_parameter(last, nn.Parameter(torch.zeros(90, 80)))
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 200])
+def test_rows_that_differ_look_different(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with fused(watch=True) as report:
+        model = Long()
+    found = rows_of(str(report))
+    assert len(found) == len(set(found)) == 8
+    assert all(len(line) <= columns for line in found)
+    if columns == 200:
+        names = [line.split()[0] for line in found]
+        assert names == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_what_is_cut_is_marked(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with fused(watch=True) as report:
+        model = nn.ModuleList(nn.TransformerEncoderLayer(64, 2) for _ in range(2))
+        for layer in model:
+            nn.init.kaiming_normal_(layer.linear1.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[union-attr,arg-type]
+    found = rows_of(str(report))
+    assert len(found) > 8
+    for line in found:
+        assert line.count("(") == line.count(")") or line.endswith("...")
+
+
+def test_names_that_no_cut_tells_apart() -> None:
+    names = ["x" * 40 + middle + "y" * 40 for middle in ("p", "q", "r", "p")]
+    short = table.shortened(names, 20)
+    assert len(set(short.values())) == len(short) == 3
+    assert all(len(x) <= 20 and "..." in x for x in short.values())
+
+
+def test_words_are_explained() -> None:
+    """Below the table, in a line, and only those that are in it."""
+    with fused(watch=True) as report:
+        model = nn.Sequential(nn.Linear(90, 80), nn.Linear(90, 80))
+        model.register_buffer("made", torch.arange(3.0))
+        model.register_buffer("forgotten", torch.empty(3))
+    lines = str(report).split("\n")
+    (found,) = [line for line in lines if line.startswith("*: any number")]
+    assert "(as made): " in found
+    assert "UNWRITTEN: " in found
+    assert "KEPT" not in found
+    assert "(unnamed)" not in found
+
+
+def test_copies_that_share_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fused(seed=3) as report:
+        model = nn.Module()
+        model.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(64, 2, 96), 3, enable_nested_tensor=False
+        )
+        model.others = nn.ModuleList(nn.Linear(70, 60) for _ in range(3))
+    monkeypatch.setenv("COLUMNS", "120")
+    text = str(report)
+    (line,) = [x for x in rows_of(text) if "in_proj_weight" in x]
+    assert line.split()[:3] == ["3", "x", "encoder.layers.*.self_attn.in_proj_weight"]
+    assert "  shared keys, xavier_uniform_(" in line
+    (line,) = [x for x in rows_of(text) if ".linear*.weight" in x and "96x64" in x]
+    assert "  shared keys, xavier_uniform_(" in line
+    (line,) = [x for x in rows_of(text) if "60x70" in x]
+    assert "key" not in line
+    assert "shared keys: some are copies of others, with the same numbers" in " ".join(text.split())
     assert model
 
 

@@ -495,8 +495,8 @@ def test_the_report(gpu: Gpu, capsys: pytest.CaptureFixture[str]) -> None:
         assert report.written_elements == 600 + 20 + 200 + 10
         assert (report.dropped_elements, report.at_once_elements) == (800, 200)
         assert report.bytes == 4 * report.written_elements
-        assert "1,630 elements recorded: 830 written" in shown
-        assert "200 more filled natively when asked for." in shown
+        assert "Fills of 1,630 elements waited: 830 written" in shown
+        assert "Fills of 200 elements could not wait" in shown
     assert {row.name: row.written_by for row in report.rows()} == {
         "0.weight": ("trunc_normal_(mean=0, std=0.02, a=-2, b=2)",),
         "0.bias": ("uniform_(a=-0.1826, b=0.1826)",),
