@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 # Arguments of torch's functions that are not shown.
 _DEFAULTS = (("mode", "fan_in"), ("nonlinearity", "leaky_relu"), ("gain", 1.0))
-    ("mode", "fan_in"),
-    ("nonlinearity", "leaky_relu"),
-    ("gain", 1.0),
-)  # torch's, not shown
 
 # What stands in place of a rule, and what it means.
 _WITHOUT_CALLS = {"written": "(as made)", "unwritten": "UNWRITTEN", "kept": "KEPT"}
