@@ -227,7 +227,6 @@ class Capture(Scope):
             if memory.fills and is_all(to):
                 self._settle_arguments(func, args[1:], None)
                 self.pending.forget(memory)
-                return func(*args, **kwargs)
         return self._run(func, args, kwargs)
 
     def _copy_waiting(self, memory: Memory, to: Tensor, by: Tensor) -> bool:

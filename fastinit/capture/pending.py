@@ -291,6 +291,14 @@ class Pending:
         memory = self.known.get(storage_id(t)) if is_plain(t) else None
         return memory is not None and not memory.touched and memory.is_noted
 
+    def is_from_empty(self, t: Tensor) -> bool:
+        """Return whether a tensor was made to be filled, or is the model's."""
+        memory = self.known.get(storage_id(t))
+        if memory is None:
+            return storage_id(t) in self._ours
+        is_noted = bool(memory.fills or memory.written or memory.overwrites)
+        return is_noted or not memory.touched or memory.storage_id in self._calls
+
     def called(self, t: Tensor, function: str, args: tuple[object, ...]) -> None:
         """Note that torch is about to do a small call for a plain tensor, if it matters."""
         key = storage_id(t)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastinit.capture import emptied, table
 from fastinit.capture.names import memory_of, named_tensors
@@ -33,6 +34,14 @@ class Early(NamedTuple):
     operator: str  # what read or partly overwrote them
     line: str  # of the code that made it do so, file:number
     elements: int
+
+
+class Temporary(NamedTuple):
+    """A fill of a tensor that no module has, as of what weight_norm computes from its parts."""
+
+    function: str
+    shape: tuple[int, ...]
+    line: str  # of the code that asked for it, file:number
 
 
 class Row(NamedTuple):
@@ -61,6 +70,7 @@ class _Stock:
     tied: list[tuple[str, ...]] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
+    temporaries: list[Temporary] = field(default_factory=list)
     memories: list[Memory] = field(default_factory=list)
 
 
@@ -93,6 +103,10 @@ class Report:
     registered: set[int] = field(default_factory=set, repr=False)
     sees_all: bool = False  # from its beginning, small tensors included
     has_begun: bool = False  # to record
+    # Storages that were filled and are no `empty`, their ids, whether autograd computed them.
+    _filled: list[tuple[StorageWeakRef, int, bool, Temporary]] = field(
+        default_factory=list, repr=False
+    )
     _left: Stock | None = field(default=None, repr=False)
     _found: _Stock | None = field(default=None, repr=False)
     _modules: dict[int, weakref.ref[nn.Module]] = field(default_factory=dict, repr=False)
@@ -112,6 +126,13 @@ class Report:
             frame = frame.f_back
         for module in reversed(found):
             self.hold(module, "", None)
+
+    def note_temporary(self, t: Tensor, function: str, is_result: bool) -> None:
+        """Note that a tensor is filled which something else than `empty` has made."""
+        if len(self._filled) < _MOST_LINES:
+            weak = StorageWeakRef(geometry.storage_of(t))  # type: ignore[no-untyped-call]
+            what = Temporary(function or "a fill", tuple(t.shape), line())
+            self._filled.append((weak, geometry.storage_id(t), is_result, what))
 
     def close(self, left: Stock) -> None:
         """Note, at the end of the scope, what is known of its storages."""
@@ -150,6 +171,12 @@ class Report:
                 for m in (seen.get(geometry.storage_id(x)) for x in memory_of(t))
             ):
                 stock.repeated.append(name)
+        names = self._names() if self._filled else {}
+        stock.temporaries += [
+            what
+            for weak, key, is_result, what in self._filled
+            if key not in names and (is_result or weak.expired())  # type: ignore[no-untyped-call]
+        ]
         stock.tied += [tuple(names) for names in groups.values() if len(names) > 1]
         return stock
 
@@ -190,6 +217,11 @@ class Report:
     def kept(self) -> list[str]:
         """Names of buffers left as they were."""
         return self._stock.kept
+
+    @property
+    def temporaries(self) -> list[Temporary]:
+        """Fills that no module has, by functions of torch.nn.init; all with watch or a seed."""
+        return self._stock.temporaries
 
     def check(self) -> None:
         """Raise RuntimeError if something was never initialised, and name it.

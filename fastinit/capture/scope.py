@@ -126,6 +126,8 @@ class Scope(Mode, Recorder):
             t = shard.local(t)  # of a DTensor, whose operators come back for this rank's part
             if type(t) not in geometry.PLAIN:
                 return
+        if self.keeps_all:
+            self._note_temporary(t, function)
         with contextlib.nullcontext() if torch_api.function_modes() == 0 else _unseen():
             if self.is_idle:
                 if not (geometry.is_worth_watching(t) and self.begin()):
@@ -156,7 +158,14 @@ class Scope(Mode, Recorder):
         )
         if passes and (self.keeps_all or self.pending.watches):
             self.pending.called(t, function, args)
+            self._note_temporary(t, function)
         return passes
+
+    def _note_temporary(self, t: Tensor, function: str) -> None:
+        """Note a fill of what may be the result of other tensors, as with weight_norm."""
+        if is_plain(t) and torch_api.transform() is None and not self.pending.is_from_empty(t):
+            is_result = t.grad_fn is not None and not torch_api.is_view(t)
+            self.report.note_temporary(t, function, is_result)
 
     def adopt(self, t: Tensor) -> Memory | None:
         """Let the fills of a tensor's storage wait, since nobody else knows it."""

@@ -34,6 +34,9 @@ _MEANINGS = {
 }
 
 
+LOST = "Filled, though no module has it (as what weight_norm computes from its parts)"
+
+
 def text(report: Report) -> str:
     """Return what `print(report)` shows, as wide as the terminal."""
     if report.reason:
@@ -47,10 +50,10 @@ def text(report: Report) -> str:
         shown = "\n".join(f" {cell[1]}\n{cell[4]}" for cell in cells)
         meanings = [f"{word}: {meaning}" for word, meaning in _MEANINGS.items() if word in shown]
         lines += textwrap.wrap("; ".join(meanings), width)
-    repeated = f"{len(report.repeated)} tensors (report.repeated)"
     for title, found in (
         ("Never initialised", report.unwritten),
-        ("Filled more than once", [repeated] if report.repeated else []),
+        ("Filled more than once", repeated(report)),
+        (LOST, lost(report)),
         ("Tied", [" = ".join(names) for names in report.tied]),
         ("Drawn from torch's generators, whatever the seed", sorted(report.foreign)),
     ):
@@ -95,6 +98,25 @@ def head(report: Report, rows: list[Row]) -> Iterator[str]:
         yield f"Nothing waited while threads started in the block were running: {names}"
 
 
+def repeated(report: Report) -> list[str]:
+    """Return how many tensors were filled more than once, and where their names are."""
+    n = len(report.repeated)
+    return [f"{n} tensor{'s' * (n > 1)} (report.repeated)"] if n else []
+
+
+def lost(report: Report) -> list[str]:
+    """Return what is said of fills that went to temporaries."""
+    found = Counter(report.temporaries)
+    return [
+        f"{n} x " * (n > 1) + f"{t.function} of {_shape(t.shape)} at {t.line}"
+        for t, n in found.items()
+    ]
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
 def some(names: list[str]) -> str:
     """Return the first ten names and how many more there are."""
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" * (len(names) > 10))
@@ -106,14 +128,14 @@ def _cells(rows: list[Row]) -> Iterator[tuple[str, ...]]:
     for row in rows:
         pattern = re.sub(r"\d+", "*", row.name)
         groups.setdefault(row._replace(name=pattern, kind="", key="", laws=()), []).append(row)
-    for pattern, like in groups.items():
+    for group, like in groups.items():
         n, keys = len(like), {row.key for row in like}
-        rule = ", ".join(pattern.written_by) or _WITHOUT_CALLS[pattern.status]
+        rule = ", ".join(group.written_by) or _WITHOUT_CALLS[group.status]
         if n > len(keys) and "" not in keys:
             rule = f"shared keys, {rule}"
         yield (
-            *(f"{n} x " if n > 1 else "", (pattern if n > 1 else like[0]).name or "(unnamed)"),
-            *("x".join(map(str, pattern.shape)) or "scalar", str(pattern.dtype)[6:], rule),
+            *(f"{n} x " if n > 1 else "", (group if n > 1 else like[0]).name or "(unnamed)"),
+            *(_shape(group.shape), str(group.dtype)[6:], rule),
         )
 
 
@@ -128,8 +150,8 @@ def call(fill: Written, shape: tuple[int, ...]) -> str:
         name = "fill_" if fill.op == "constant" else f"{fill.op.rstrip('_')}_"
         return f"{name}({', '.join(f'{x:.4g}' for x in numbers.get(fill.op, ()))})"
     name, arguments = fill.caller
-    arguments = [pair for pair in arguments if pair not in _DEFAULTS]
-    shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in arguments]
+    given = [pair for pair in arguments if pair not in _DEFAULTS]
+    shown = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in given]
     if name == "constant_" and not shown:  # it was a tensor
         shown.append(f"val={fill.a:.4g}")
     if name.startswith(("kaiming", "xavier")) and len(shape) > 1:

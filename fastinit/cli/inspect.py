@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import itertools
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fastinit.capture import table
 from fastinit.capture.report import Report, Row
 from fastinit.cli import plot as inspect_plot
 from fastinit.cli.expected import Expected, Measured, Part, measure, parts_of
@@ -51,7 +51,7 @@ def main(target: str, seed: int | None = None, plot: str | None = None, meta: bo
             inspect_plot.figure()
         model, report = build(target, seed, meta)
         lines = lines_of(report)
-        print("\n".join(text(report, lines)))
+        print("\n".join(text(report, lines, padding_of(model))))
         if plot is not None:
             inspect_plot.draw(lines, plot, f"{type(model).__name__} of {target}")
             print(f"Distributions: {plot}")
@@ -159,7 +159,7 @@ class Line:
         both = [(_short(x.mean), _short(x.std)) if x else ("", "") for x in (found, want)]
         numbers = (*(x for pair in zip(*both) for x in pair), f"{z:.1f}" if z >= 0 else "")
         mark = f"{off} OFF" if off and n > 1 else "OFF" if off else ""
-        rule = ", ".join(row.written_by) or ("UNWRITTEN" if self.is_unwritten else "")
+        rule = ", ".join(row.written_by) or ("UNWRITTEN" if self.is_unwritten else "(as made)")
         key = "" if key == name else key
         return count, name, shape, str(row.dtype)[6:], key, *numbers, mark, rule
 
@@ -208,10 +208,22 @@ _HEADS = (
 _RIGHT = (0, 5, 6, 7, 8, 9)
 
 
-def text(report: Report, lines: list[Line]) -> Iterator[str]:
+def padding_of(model: nn.Module) -> list[str]:
+    """Return the rows that stand for padding and are not zero."""
+    found = []
+    for path, m in model.named_modules():
+        row, weight = getattr(m, "padding_idx", None), getattr(m, "weight", None)
+        if type(row) is not int or not geometry.is_plain(weight) or weight.is_meta:
+            continue
+        if -len(weight) <= row < len(weight) and bool(weight[row].any()):
+            found.append(f"{path}.weight[{row}]".lstrip("."))
+    return found
+
+
+def text(report: Report, lines: list[Line], padding: list[str]) -> Iterator[str]:
     """Yield the lines that are printed."""
-    head = str(report).splitlines()
-    yield from itertools.takewhile(lambda line: not line.lstrip().startswith("tensor "), head)
+    for sentence in table.head(report, [row for row in report.rows() if row.name]):
+        yield from textwrap.wrap(sentence, 100)
     width = shutil.get_terminal_size((1000, 24)).columns  # that of a file is no matter
     yield from columns([_HEADS, *(line.cells() for line in lines)], _RIGHT, width)
     off = [line.names[i] for line in lines for i in line.off]
@@ -219,6 +231,8 @@ def text(report: Report, lines: list[Line]) -> Iterator[str]:
     for title, names in (
         (f"Off by more than {MOST:g} standard errors", off),
         ("Never written", unwritten),
+        (table.LOST, table.lost(report)),
+        ("Rows for padding that are not zero", padding),
         ("Filled more than once", report.repeated),
         ("Tied", [" = ".join(names) for names in report.tied]),
         ("Kept as they were", report.kept),

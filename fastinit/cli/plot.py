@@ -40,7 +40,7 @@ def figure(**options: Any) -> Any:
 
 
 def draw(lines: Sequence[Line], path: str, title: str) -> None:
-    """Write a picture with a panel for each line of the table that is not a constant.
+    """Write a picture with a panel for each line of the table that varies or is unwritten.
 
     Args:
         lines: measured; where there are more than 64, those that are off and the largest are drawn
@@ -51,18 +51,18 @@ def draw(lines: Sequence[Line], path: str, title: str) -> None:
         Refused: the file cannot be written, or there is no such kind.
     """
     vary = [i for i, line in enumerate(lines) if _varies(line)]
-    size = {i: (bool(lines[i].off), sum(t.numel() for t in lines[i].tensors)) for i in vary}
+    size = {i: (_is_wrong(lines[i]), sum(t.numel() for t in lines[i].tensors)) for i in vary}
     shown = sorted(sorted(vary, key=size.__getitem__, reverse=True)[:PANELS])
     columns = max(3, min(8, math.ceil(math.sqrt(1.3 * len(shown)))))
     rows = max(1, math.ceil(len(shown) / columns))
     width, height = 2.4 * columns, 1.45 * rows + 0.75
     canvas = figure(figsize=(width, height), dpi=120)
     top = 1 - 0.92 / height
-    canvas.subplots_adjust(0.02, 0.3 / height, 0.98, top, 0.14, 0.8)
+    canvas.subplots_adjust(0.04, 0.3 / height, 0.98, top, 0.3, 0.8)
     canvas.text(0.02, 1 - 0.24 / height, title, fontsize=11, weight="bold", va="center")
-    notes = ["Log density. Bars: measured; line, dot: expected; red: off."]
+    notes = ["Density. Bars: measured; line, dot: expected; red: off, or never written."]
     if len(vary) < len(lines):
-        notes.append(f"Not drawn: {len(lines) - len(vary)} rows that are constant or unwritten.")
+        notes.append(f"Not drawn: {len(lines) - len(vary)} rows that are constant.")
     if len(shown) < len(vary):
         notes.append(f"Left out: {len(vary) - len(shown)} smaller ones.")
     canvas.text(0.02, 1 - 0.48 / height, "  ".join(notes), fontsize=8, color=_PALE, va="center")
@@ -74,13 +74,19 @@ def draw(lines: Sequence[Line], path: str, title: str) -> None:
         raise Refused(f"{path} cannot be written: {error}") from None
 
 
+def _is_wrong(line: Line) -> bool:
+    return bool(line.off) or line.is_unwritten
+
+
 def _varies(line: Line) -> bool:
-    return any(m is not None and (m.low != m.high or line.off) for m in line.found)
+    return line.is_unwritten or any(
+        m is not None and (m.low != m.high or line.off) for m in line.found
+    )
 
 
 def _panel(axes: Any, line: Line) -> None:
     count, name, shape = line.cells()[:3]
-    colour = _RED if line.off else "black"
+    colour = _RED if _is_wrong(line) else "black"
     title = f"{count} {_short(name, 40 - len(count))}".lstrip()
     axes.set_title(title, fontsize=7, loc="left", pad=11, color=colour)
     rule = f"{shape}  {', '.join(dict.fromkeys(line.row.written_by)) or 'no rule'}"
@@ -88,15 +94,17 @@ def _panel(axes: Any, line: Line) -> None:
     axes.text(0, 1.03, rule, fontsize=5.5, color=_PALE, transform=axes.transAxes)
     axes.tick_params(labelsize=5.5, length=2, pad=1.5, color=_PALE, labelcolor=_PALE)
     axes.locator_params(axis="x", nbins=4)
-    for side in ("top", "left", "right"):
+    for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_PALE)
-    axes.set_yticks([])
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color(_PALE)
+    if line.is_unwritten:
+        _say(axes, "never written")
+        return
     found = [m for m in line.found if m is not None]
     low, high = min(m.low for m in found), max(m.high for m in found)
     if not math.isfinite(high - low) or any(math.isnan(m.mean) for m in found):
-        axes.set_xticks([])
-        axes.text(0.5, 0.5, "not finite", ha="center", color=_RED, transform=axes.transAxes)
+        _say(axes, "not finite")
         return
     if line.parts is not None:
         want = Expected.of(line.parts)
@@ -121,9 +129,19 @@ def _panel(axes: Any, line: Line) -> None:
     if line.parts is not None:
         top = max(top, _expect(axes, line.parts, low, high, width))
     axes.set_yscale("log")
-    axes.set_ylim(floor, top * (top / floor) ** 0.08)
-    axes.set_yticks([])
+    top *= (top / floor) ** 0.08
+    axes.set_ylim(floor, top)
+    powers = range(math.ceil(math.log10(floor)), math.floor(math.log10(top)) + 1)
+    step = max(1, math.ceil(len(powers) / 3))
+    axes.set_yticks([10.0**k for k in powers[::-step]], [f"1e{k}" for k in powers[::-step]])
     axes.minorticks_off()
+
+
+def _say(axes: Any, words: str) -> None:
+    """Put words into a panel that has no distribution."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, words, ha="center", color=_RED, transform=axes.transAxes)
 
 
 def _density(tensors: Sequence[Tensor], low: float, high: float, bins: int) -> Tensor:

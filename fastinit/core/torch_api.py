@@ -101,6 +101,7 @@ def _slow_storage_id(t: Tensor) -> int:
     return int(_untyped_storage(t)._cdata)
 
 
+is_view: Callable[[Tensor], bool] = Tensor._is_view  # of another tensor, for autograd
 is_zero: Callable[[Tensor], bool] = Tensor._is_zerotensor  # zeros without memory, of autograd
 is_functional: Callable[[Tensor], bool] = torch._is_functional_tensor  # of functionalization
 set_versions: Callable[[tuple[Tensor, ...], tuple[int, ...]], None] = (  # of tensors

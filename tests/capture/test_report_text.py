@@ -230,7 +230,7 @@ def test_copies_that_share_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line.split()[:3] == ["3", "x", "encoder.layers.*.self_attn.in_proj_weight"]
     assert "  shared keys, xavier_uniform_(" in line
     (line,) = [x for x in rows_of(text) if ".linear*.weight" in x and "96x64" in x]
-    assert "  shared keys, xavier_uniform_(" in line
+    assert "  shared keys, " in line
     (line,) = [x for x in rows_of(text) if "60x70" in x]
     assert "key" not in line
     assert "shared keys: some are copies of others, with the same numbers" in " ".join(text.split())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -269,3 +270,53 @@ def test_command_line(python: Callable, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     assert ", 0 off, 0 unwritten," in done.stdout
+
+
+WEIGHT_NORM = """
+def make():
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear({n}, {n}))
+    model = nn.Sequential(nn.Linear({n}, {n}), normed)
+    nn.init.normal_(model[{i}].weight)  # of 1 it is computed
+    return model
+"""
+
+
+@pytest.mark.parametrize("seed", [None, 3], ids=["torch", "seed"])
+@pytest.mark.parametrize("n", [20, 200])
+def test_a_fill_that_is_lost(inspected: Callable, n: int, seed: int | None) -> None:
+    """It is of a tensor that weight_norm has computed, and nobody will see it."""
+    said = rf"Filled, though no module has it \([^:]*\): normal_ of {n}x{n} at \S*:7 "
+    for i in (0, 1):
+        status, out, _ = inspected(WEIGHT_NORM.format(n=n, i=i), seed=seed)
+        assert status == 0
+        assert (re.search(said, " ".join(out.split())) is not None) == (i == 1)
+
+
+def test_padding_that_is_not_zero(inspected: Callable) -> None:
+    _, out, _ = inspected("""
+        def make():
+            model = nn.ModuleDict({"a": nn.Embedding(20, 8, 0), "b": nn.Embedding(9, 8, 1)})
+            model["bag"] = nn.EmbeddingBag(9, 8, padding_idx=2)
+            nn.init.normal_(model["a"].weight)
+            nn.init.ones_(model["bag"].weight)
+            return model
+    """)
+    assert "Rows for padding that are not zero: a.weight[0], bag.weight[2]\n" in out
+
+
+@pytest.mark.parametrize("n", [20, 20_000])
+@pytest.mark.parametrize("seed", [None, 3], ids=["torch", "seed"])
+def test_what_was_copied_says_so(inspected: Callable, seed: int | None, n: int) -> None:
+    _, out, _ = inspected(
+        f"""
+        def make():
+            model = nn.Linear(3, {n})
+            with torch.no_grad():
+                model.bias.copy_(torch.arange({n}.0))
+            model.register_buffer("made", torch.arange(7))
+            return model
+        """,
+        seed=seed,
+    )
+    rules = {x.split()[0]: x.split()[-1] for x in out.splitlines() if x.split()}
+    assert (rules["bias"], rules["made"]) == ("copy_()", "made)")

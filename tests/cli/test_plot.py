@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import importlib
+import re
 import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +77,30 @@ def test_no_more_than_64_panels(
     assert len(drawn) == inspect_plot.PANELS
     assert drawn[0] == "a.weight"  # the smallest, but off
     assert png_size(tmp_path / "many.png")[0] < 3000
+
+
+def test_unwritten_is_drawn(
+    inspected: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In red, among the first; the others have a density to be read at the left."""
+    panels: dict[str, Any] = {}
+    panel = inspect_plot._panel
+
+    def noting(axes: Any, x: Any) -> None:
+        panel(axes, x)
+        panels[x.names[0]] = axes
+
+    monkeypatch.setattr(inspect_plot, "_panel", noting)
+    status, _, _ = inspected(MIXED, plot="some.png")
+    assert status == 1
+    axes = panels["forgotten"]
+    assert [text.get_text() for text in axes.texts][-1] == "never written"
+    assert {text.get_color() for text in axes.texts[1:]} == {inspect_plot._RED}
+    assert axes.title.get_color() == "black" or axes.get_title(loc="left") == "forgotten"
+    axes = panels["5.weight"]
+    assert axes.spines["left"].get_visible()
+    assert all(re.fullmatch(r"1e-?\d+", label.get_text()) for label in axes.get_yticklabels())
+    assert 1 <= len(axes.get_yticklabels()) <= 3
 
 
 def test_nothing_to_draw(inspected: Callable, tmp_path: Path) -> None:
