@@ -28,6 +28,8 @@ class fused(ContextDecorator):
         progress: show a bar (with tqdm, if installed) while writing what waited until the end
         seed: take the numbers of the keyed stream instead of torch's; see `Key`
         prefix: put before the names of parameters that keys are made of
+        strip: left out at the beginning of these names, for a model that is within another one:
+            `strip="model."` gives what a LightningModule has as `self.model` its own names
         watch: see every operator from the beginning, not from the first large fill; small models
             take longer then, but the report has all of them, and `check` misses none
         orthogonal: "torch" or "native": who writes orthogonal_ in this scope, whatever
@@ -69,6 +71,7 @@ class fused(ContextDecorator):
         progress: bool = False,
         seed: int | None = None,
         prefix: str = "",
+        strip: str = "",
         watch: bool = False,
         orthogonal: str | None = None,
     ) -> None:
@@ -79,7 +82,7 @@ class fused(ContextDecorator):
             raise TypeError(f"fused takes what it is given by name, not {what}: write {hint}")
         self._progress = progress
         self._seed = None if seed is None else Key(seed).seed
-        self._prefix = prefix
+        self._prefix, self._strip = prefix, strip
         self._watch = watch or seed is not None
         self._orthogonal = None if orthogonal is None else switch.checked(orthogonal)
         self._adopted: Iterable[Tensor] = ()
@@ -89,15 +92,16 @@ class fused(ContextDecorator):
 
     def _recreate_cm(self) -> fused:  # of a decorated function, which may recurse or have threads
         how = {"progress": self._progress, "seed": self._seed, "prefix": self._prefix}
-        return fused(**how, watch=self._watch, orthogonal=self._orthogonal)  # type: ignore[arg-type]
+        return fused(**how, strip=self._strip, watch=self._watch, orthogonal=self._orthogonal)  # type: ignore[arg-type]
 
     def __enter__(self) -> Report:
         outer = this_thread.recorder
         if isinstance(outer, Capture):
             return self._join(outer)
         report = Report(progress=self._progress, reason=_why_not(), prefix=self._prefix)
+        report.strip = self._strip
         if self._model is not None:
-            report.roots.append((weakref.ref(self._model), self._prefix))
+            report.roots.append((weakref.ref(self._model), self._prefix, self._strip))
             report.is_about_models = True
         if report.reason and self._seed is not None:
             raise RuntimeError(f"a block with a seed has to see every operator: {report.reason}")
@@ -114,9 +118,11 @@ class fused(ContextDecorator):
         if self._seed is not None and self._seed != outer.seed:
             raise RuntimeError("a block with a seed inside a block with another or none")
         if self._model is not None:
-            outer.report.roots.append((weakref.ref(self._model), self._prefix))
+            outer.report.roots.append((weakref.ref(self._model), self._prefix, self._strip))
         elif self._prefix not in ("", outer.report.prefix):
             raise RuntimeError("a block with a prefix inside a block with another or none")
+        elif self._strip not in ("", outer.report.strip):
+            raise RuntimeError("a block with a strip inside a block with another or none")
         if self._watch:
             outer.begin()
         self._entered.append((outer.report, outer.orthogonal))

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Fills of the keyed stream in fused(): the keys they get, tensors with shards, copies.
+"""Fills of the keyed stream in fused(): tensors with shards, copies, what is computed from them.
 
-capture.py has everything that is the same with torch's numbers.
+keys.py finds their keys, capture.py has everything that is the same with torch's numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,97 +15,21 @@ import torch
 from torch import Tensor
 
 from fastinit import execute
-from fastinit.capture import operators
+from fastinit.capture import computed, operators
 from fastinit.capture.capture import HANDLERS, Capture
-from fastinit.capture.names import Names, box_of
-from fastinit.capture.pending import Memory, Stage, is_all
+from fastinit.capture.keys import Keys
+from fastinit.capture.names import box_of
+from fastinit.capture.operators import leaves
+from fastinit.capture.pending import Memory, Stage, fills_of, is_all
 from fastinit.capture.report import Report
 from fastinit.capture.slices import ShardedCapture
-from fastinit.capture.waiting import Identity, KeyedFill, Place, Waiting, view
+from fastinit.capture.waiting import Cast, Computed, Identity, KeyedFill, Place, Waiting
 from fastinit.capture.written import caller
 from fastinit.core import geometry, kernels, keyed_numbers, shard
-from fastinit.core.key import Key, derived
+from fastinit.core.geometry import is_plain, storage_id
+from fastinit.core.key import Key
 from fastinit.core.laws import Law
 from fastinit.core.shard import Slab
-from fastinit.core.work import Work
-
-
-class Keys:
-    """Assigns a key to every keyed fill of one fused() scope."""
-
-    def __init__(self, report: Report, seed: int | None) -> None:
-        self._seed = seed  # None: only fills with a Key of their own are keyed
-        self._report = report
-        self._names = Names()
-        self._looked_up_at = -1  # registrations the report had seen then
-        self._next_label = itertools.count()
-
-    def look_up(self, final: bool) -> None:
-        """Look up the names of parameters and buffers; before the end those of known models."""
-        if final or (self._report.roots and self._looked_up_at != self._report.held):
-            self._looked_up_at = self._report.held
-            self._names = Names(self._report.named_tensors(final))
-
-    def label(self, t: Tensor, law: Law, memory: Memory | None) -> None:
-        """Give memory without a name a label in the order of the calls, the same on all ranks.
-
-        `memory` is None where this rank has none of the tensor.
-        """
-        self.look_up(False)
-        if self._names.find(geometry.storage_id(t), box_of(t), law) is None:
-            label = self._new_label()
-            if memory is not None:
-                memory.label = memory.label or label
-
-    def _new_label(self) -> str:
-        return f"#{self._report.prefix}block.{next(self._next_label)}"
-
-    def may_wait(self, memory: Memory, t: Tensor) -> bool:
-        """Return False for one-element tensors, which torch.tensor([t]) reads without an operator.
-
-        Parameters are the exception.
-        """
-        alone = geometry.storage_of(t).nbytes() == t.element_size()
-        known = self._report.roots or memory.storage_id in self._report.registered
-        return not alone or bool(known)
-
-    def work(self, fill: KeyedFill, storage: torch.UntypedStorage) -> Work:
-        """Return what has to be written, and where."""
-        t = view(storage, fill.dtype, fill.box)
-        with kernels.undisturbed():
-            if fill.place is None:
-                fill.place = self._placed(fill, t)
-        return Work(fill.law, fill.place.key, t, fill.place.slabs)
-
-    def _placed(self, fill: KeyedFill, t: Tensor) -> Place:
-        """Find the key of what is written to t, and where in the whole parameter it belongs."""
-        if not fill.law.is_random and (fill.slabs is not None or self._seed is None):
-            return Place(0, "", fill.slabs or shard.slabs(t))
-        assert self._seed is not None
-        assert fill.identity is not None
-        assert fill.memory is not None
-        self.look_up(False)
-        identity = fill.identity
-        own = self._names.find(fill.memory.storage_id, fill.box, fill.law, fill.first)
-        if not identity.label:
-            among = identity.members
-            found = (self._names.find(m.storage_id, b, fill.law, fill.first) for m, b in among)
-            name = next((f[0] for f in found if f is not None), None)
-            first = identity.members[0][0] if identity.members else fill.memory
-            if name is None and not first.label:
-                first.label = self._new_label()
-            identity.label = first.label if name is None else "/" + name
-        members = identity.members
-        is_copied = len(members) > 1 or (members and members[0][1] != fill.box)
-        slabs: Sequence[Slab] | None = own[1] if own is not None else fill.fallback
-        if slabs is None and (own is not None or is_copied or fill.law.is_of_shape):
-            slabs = shard.slabs(t)
-        elif slabs is None:  # nobody's: elements count from the beginning of the storage
-            storage, size = geometry.storage_of(t), t.element_size()
-            flat = view(storage, t.dtype, (0, (storage.nbytes() // size,), (1,)))
-            slabs = shard.part(flat, *fill.box)
-        label = identity.label
-        return Place(derived(self._seed, label), label.lstrip("/"), fill.slabs or slabs or ())
 
 
 class KeyedCapture(Capture):
@@ -115,7 +38,7 @@ class KeyedCapture(Capture):
     def __init__(self, report: Report, seed: int | None = None, keeps_all: bool = False) -> None:
         super().__init__(report, keeps_all)
         self.seed = seed
-        self._keys = Keys(report, seed)
+        self._keys = Keys(report, seed, self.pending)
 
     def fill_keyed(self, law: Law, tensor: Tensor, key: Key | None) -> None:
         if law.op == "constant":  # as torch does it, whatever the type
@@ -162,6 +85,8 @@ class KeyedCapture(Capture):
             slabs = shard.slabs(t)
         if self.watch is not None:
             self.watch(t)
+        if given is None and self.seed is not None:
+            self._keys.meet(here)
         memory = self.pending.find(here)
         fill = KeyedFill.of(here, law, caller())
         if given is not None:
@@ -174,16 +99,23 @@ class KeyedCapture(Capture):
             if labelled:
                 self._keys.label(here, law, fill.memory)
         waits = memory is not None and fill.dtype in geometry.DTYPES and self._may_wait()
-        if memory is not None and waits and self._keys.may_wait(memory, here):
+        if memory is not None and waits:
+            now = self._keys.preview(fill, memory, here) if fill.law.is_random else None
+            if now is not None:
+                execute.run_keyed([now])
             self.pending.push(memory, fill)
             return
         self.read(here, law.op)
         execute.run_keyed([self._keys.work(fill, geometry.storage_of(here))])
         self.report.at_once_elements += fill.items
+        known = self.pending.adopt(here, False)
         self.pending.wrote(here, fill.written())
+        if known is not None and fill.identity is not None and fill.identity.line:
+            known.origins.append(fill.identity)
 
     def _write(self, piece: Stage) -> None:
         super()._write(piece)
+        computed.run(piece, self._write)
         works = []
         failed: Exception | None = None
         for fill, storage in piece:
@@ -200,10 +132,21 @@ class KeyedCapture(Capture):
     # ---- copies --------------------------------------------------------------------------------
 
     def _copied(self, fill: Waiting, memory: Memory) -> Waiting:
+        if isinstance(fill, Computed):
+            self._inherits(memory, fill)
+        if isinstance(fill, Cast):
+            source = (*(self._copied(part, memory) for part in fill.source),)
+            return dataclasses.replace(fill, source=source)
         if not isinstance(fill, KeyedFill) or fill.place is not None or fill.identity is None:
             return fill
         fill.identity.members.append((memory, fill.box))
         return dataclasses.replace(fill, memory=memory)
+
+    def _inherits(self, memory: Memory, fill: Waiting) -> None:
+        """Let the numbers that something is computed of go by its name if they have none."""
+        is_copy = isinstance(fill, Computed) and computed.is_copy(fill)
+        for i, identity in enumerate(computed.identities(fill)):
+            identity.heirs.append((memory, "" if is_copy else f"<{i}"))
 
     def _copy_single(self, memory: Memory, fill: Waiting, to: Tensor, by: Tensor) -> bool:
         if (
@@ -235,9 +178,16 @@ class SeededCapture(KeyedCapture, ShardedCapture):
     def __init__(self, report: Report, seed: int) -> None:
         super().__init__(report, seed)
 
+    def expect(self, t: Tensor, function: str) -> None:
+        if type(t) in geometry.PLAIN:
+            self._keys.meet(t)
+        super().expect(t, function)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten.set_.source_Tensor and all(map(is_plain, args)):
+            return func(*args)  # no other than a view
         if args and func not in HANDLERS and shard.is_distributed(args[0]):
             if operators.is_view(func):
                 return self._view_of_sharded(func, args, kwargs or {})
@@ -275,16 +225,78 @@ class SeededCapture(KeyedCapture, ShardedCapture):
             if operators.writes(func):
                 self._refuse_slices(operators.written(func, args, kwargs or {}))
             self._gather((args, kwargs))
+        if self.pending.filled and computed.is_safe(func):
+            out = self._compute_later(func, args, kwargs or {})
+            if out is not None:
+                return out
         if operators.is_random(func) and not any(
             isinstance(x, torch.Generator) for x in (kwargs or {}).values()
         ):
             self.report.foreign.add(str(func))
+        origins = self._origins(args, kwargs) if self._keys.early else []
         out = super()._run(func, args, kwargs)
+        origins = origins or (self._origins(args, kwargs) if self._keys.early else [])
         if type(out) is Tensor and operators.makes_new(func):  # nobody else knows it yet
             self.adopt(out)
             if func is not torch.ops.aten.clone.default or not self.pending.is_garbage(args[0]):
                 self.pending.wrote(out)
+        if origins:
+            self._inherit(origins, func, args, kwargs, out)
         return out
+
+    def _compute_later(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Let an operator wait whose arguments wait for their names; return None if it cannot."""
+        waits = [m for x in leaves((args, kwargs)) if (m := self._filled(x)) is not None]
+        keyed = [f for m in waits for w in m.fills for f in fills_of(w) if isinstance(f, KeyedFill)]
+        if not any(f.law.is_random and not f.place and not self._keys.is_sure(f) for f in keyed):
+            return None
+        written = operators.written(func, args, kwargs) if operators.writes(func) else []
+        if any(self.pending.find(t) is None for t in written) or not self._may_wait():
+            return None
+        told = bool(self._keys.early and self._origins(args, kwargs))  # to be noted when it runs
+        found = None if told else computed.results(func, args, kwargs, self._filled)
+        if found is None:
+            return None
+        made = []
+        for fill in found:
+            t = written[0] if written else _made(fill, args)
+            memory = self.pending.find(t) if written else self.pending.adopt(t)
+            if memory is None:
+                return None
+            if not written:
+                fill.extent = (0, memory.nbytes)
+            self._inherits(memory, fill)
+            self.pending.push(memory, fill)
+            made.append(t)
+        return made[0] if len(func._schema.returns) == 1 else tuple(made)
+
+    def _filled(self, x: object) -> Memory | None:
+        """Return the storage of a plain tensor in which something waits."""
+        return self.pending.filled.get(storage_id(x)) if is_plain(x) else None
+
+    def _origins(self, args: Any, kwargs: dict[str, Any] | None) -> list[Identity]:
+        """Return which numbers that were written before names were final are in some arguments."""
+        found: dict[Identity, None] = {}
+        for x in leaves((args, kwargs)):
+            memory = self.pending.find_known(x)
+            if memory is not None:
+                found.update(dict.fromkeys(memory.origins))
+        return [*found]
+
+    def _inherit(
+        self, origins: list[Identity], func: Any, args: Any, kwargs: dict[str, Any] | None, out: Any
+    ) -> None:
+        """Note that what an operator has written was computed from these numbers."""
+        for x in leaves((out, operators.written(func, args, kwargs or {}))):
+            if not (isinstance(x, Tensor) and is_plain(x)):
+                continue
+            memory = self.pending.adopt(x, False)
+            if memory is None:
+                continue
+            memory.origins += [i for i in origins if i not in memory.origins]
+            if func in computed.COPIES and x.nbytes == geometry.storage_of(x).nbytes():
+                for i in origins:
+                    i.members.append((memory, box_of(x)))
 
     def _fill(self, func: Any, args: Any, kwargs: dict[str, Any], law_of: operators.LawOf) -> Any:
         t = args[0]
@@ -315,6 +327,13 @@ class SeededCapture(KeyedCapture, ShardedCapture):
 
     def _copy(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         to, by = args[0], args[1]
+        waits = self._filled(by)
+        if waits is not None and (is_plain(to) or shard.is_distributed(to)):
+            local = shard.local(to)
+            memory = self.pending.find_known(local) or self.pending.adopt(local, False)
+            if memory is not None:
+                for fill in waits.fills:
+                    self._inherits(memory, fill)
         if shard.is_distributed(to):
             part = self._slices.find(to)
             if part is None and shard.is_distributed(by) and _is_alike(to, by):
@@ -334,8 +353,20 @@ class SeededCapture(KeyedCapture, ShardedCapture):
     def finish(self) -> None:
         if self.report.has_several_models():
             gc.collect(1)  # one that only the collector would find dead must not count as the first
-        self._keys.look_up(True)  # what is not named now never will be
+        self._keys.finish()  # what is not named now never will be
         super().finish()
+        self._keys.tell()
+
+    def close(self) -> None:
+        super().close()
+        self.report.warn()
+
+
+def _made(fill: Computed, args: Any) -> Tensor:
+    """Return memory for what is to be computed."""
+    device = next(x.device for x in leaves(args) if isinstance(x, Tensor))
+    with kernels.undisturbed():
+        return torch.empty_strided(*fill.at[1:], dtype=fill.dtype, device=device)
 
 
 def _is_alike(to: Any, by: Any) -> bool:

@@ -19,23 +19,33 @@ _WRAPPERS = {
     "DataParallel": "module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "PeftModel": "base_model",  # and what tuners and their layers have within it
+    "BaseTuner": "model",
+    "BaseTunerLayer": "base_layer",
 }
 
 
 def named_tensors(
-    model: nn.Module, prefix: str = "", lazy: bool = False
+    model: nn.Module, prefix: str = "", lazy: bool = False, strip: str = ""
 ) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Yield name, module, attribute and tensor of parameters, then buffers, tied ones repeatedly.
 
-    Names are those of `model.named_parameters()`, without what torch.compile, DDP, FSDP and
-    activation checkpointing put in front of them.
+    Names are those of `model.named_parameters()`, without what torch.compile, DDP, FSDP, activation
+    checkpointing and PEFT put in front of them, and without `strip`, unless another tensor has that
+    name already.
     """
-    modules = list(_named_modules(model, prefix, set()))
-    for kind in ("_parameters", "_buffers"):
-        for path, m in modules:
-            for name, t in getattr(m, kind).items():
-                if t is not None and (lazy or not nn.parameter.is_lazy(t)):
-                    yield path + name, m, name, t
+    modules = list(_named_modules(model, "", set()))
+    found = [
+        (path + name, m, name, t)
+        for kind in ("_parameters", "_buffers")
+        for path, m in modules
+        for name, t in getattr(m, kind).items()
+        if t is not None and (lazy or not nn.parameter.is_lazy(t))
+    ]
+    taken = {full for full, *_ in found} if strip else set()
+    for full, m, name, t in found:
+        short = full.removeprefix(strip)
+        yield prefix + (full if short in taken else short), m, name, t
 
 
 def memory_of(t: Any) -> Iterator[Tensor]:
@@ -86,6 +96,11 @@ class Names:
                 key = geometry.storage_id(here)
                 self._exact.setdefault((key, box_of(here)), (name, t))
                 self._of.setdefault(key, []).append((name, t))
+
+    def first(self, storage: int) -> str | None:
+        """Return the first name of a tensor in a storage."""
+        found = self._of.get(storage)
+        return found[0][0] if found else None
 
     def find(
         self, storage: int, box: Box, law: Law, first: int | None = None

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastinit.capture.names import memory_of
-from fastinit.capture.waiting import Chain, KeyedFill, Step, Waiting
+from fastinit.capture.waiting import Cast, Chain, Computed, Identity, KeyedFill, Step, Waiting
 from fastinit.capture.written import Written, named
 from fastinit.core import geometry, shard, torch_api
 from fastinit.core.fill import Drawn
@@ -45,6 +45,7 @@ class Memory:
         "label",
         "may_wait",
         "nbytes",
+        "origins",
         "overwrites",
         "storage_id",
         "touched",
@@ -61,6 +62,7 @@ class Memory:
         self.may_wait = may_wait  # nobody reads it but by operators and hooks
         self.fills: list[Waiting] = []  # in the order in which they were asked for
         self.written: list[Written] = []  # for the report
+        self.origins: list[Identity] = []  # written before names were final, of what is here
         self.label = ""  # takes the place of a name in the keyed stream: "#" and a number
         self.touched = False  # by anything that writes
         self.is_noted = True  # whatever writes to it
@@ -83,6 +85,8 @@ class Memory:
     def note(self, new: Written, dense: bool) -> None:
         """Remember a fill that has been written, and forget those it covers."""
         begin, end = new.extent
+        if dense and new.extent == (0, self.nbytes):
+            self.origins = []
         last = self.written[-1] if self.written else None
         if new.op == "sparse_mask" and last is not None and last.caller == new.caller:
             self.written[-1] = last._replace(op="sparse")  # its other half
@@ -106,6 +110,9 @@ class Memory:
         for fill in self.fills:
             for i, done in enumerate(_done(fill)):
                 self.note(done, fill.is_dense and i == 0)
+            for f in fills_of(fill):
+                if isinstance(f, KeyedFill) and f.identity is not None and f.identity.line:
+                    self.origins.append(f.identity)
         self.fills = []
 
 
@@ -118,6 +125,11 @@ def _done(fill: Waiting) -> list[Written]:
     if isinstance(fill, Chain):
         how = (0.0, 0.0, fill.items, fill.dtype, fill.extent, None)
         return [Written(step.operator._schema.name[6:], *how) for step in fill.steps]
+    if isinstance(fill, Computed):
+        parts = (f.place.label for f in fills_of(fill) if isinstance(f, KeyedFill) and f.place)
+        key = ", ".join(dict.fromkeys(parts))  # whose numbers it is computed of
+        how = (0.0, 0.0, fill.items, fill.dtype, fill.extent, None)
+        return [Written(fill.operator._schema.name[6:], *how, key=key)]
     scale = fill.dtype.itemsize / fill.source_dtype.itemsize
     done = [w for source in fill.source for w in _done(source)]
     return [
@@ -420,9 +432,21 @@ class Pending:
             self.filled.pop(memory.storage_id, None)
 
 
-def fills_of(waiting: Waiting) -> Sequence[Waiting]:
-    """Return what waits, or what a cast has of it."""
-    return waiting.source if hasattr(waiting, "source") else (waiting,)
+def fills_of(waiting: Waiting, seen: set[int] | None = None) -> Iterator[Waiting]:
+    """Yield what waits, or what a cast has of it, or what something is computed of."""
+    if isinstance(waiting, Cast):
+        for part in waiting.source:
+            yield from fills_of(part, seen)
+    elif isinstance(waiting, Computed):
+        seen = set() if seen is None else seen
+        if id(waiting) in seen:
+            return
+        seen.add(id(waiting))
+        for source in waiting.sources():
+            for part in source.fills:
+                yield from fills_of(part, seen)
+    else:
+        yield waiting
 
 
 def stages_of(

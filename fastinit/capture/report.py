@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,12 +93,14 @@ class Report:
     # What has numbers of a seed that no name gave it: by its name, or shape, the line of the code
     # that is why, and the reason.
     unnamed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    numbered: list[str] = field(default_factory=list)  # what no module has: a running number, shape
     progress: bool = False  # show a bar while writing what waited until the end
     prefix: str = ""  # of all names
     is_about_models: bool = False  # and not about what else the scope makes
     is_about_new: bool = False  # tensors of these; others are left as they are
-    # Models it is about and what is put before their names; none: whatever the scope made.
-    roots: list[tuple[weakref.ref[nn.Module], str]] = field(default_factory=list, repr=False)
+    # Models it is about, what is put before their names, and left out; none: what the scope made.
+    strip: str = ""  # from the beginning of names
+    roots: list[tuple[weakref.ref[nn.Module], str, str]] = field(default_factory=list, repr=False)
     held: int = 0  # registrations seen; names are looked up again when it changes
     # Storages of single elements among what was registered.
     registered: set[int] = field(default_factory=set, repr=False)
@@ -244,7 +247,7 @@ class Report:
             raise RuntimeError(f"nothing was captured: {self.reason}")
         if self._left is None:
             raise RuntimeError("the scope is not over yet: ask its report afterwards")
-        if self._found is None and any(ref() is None for ref, _ in self.roots):
+        if self._found is None and any(ref() is None for ref, *_ in self.roots):
             raise RuntimeError("the model that the report is about does not exist any more")
         found = self.unwritten
         if found:
@@ -263,6 +266,18 @@ class Report:
             raise RuntimeError(
                 f"{len(found)} tensors may be uninitialised, as nobody watched what made them: "
                 f"{table.some(found)}{hint}"
+            )
+
+    def warn(self) -> None:
+        """Warn of what has numbers of the seed that no name gave it, where the reason lies."""
+        for name, (where, why) in self.unnamed.items():
+            file, _, number = where.rpartition(":")
+            warnings.warn_explicit(
+                f"{name} {why}. Read it after the block, or call init_model_ with the seed when "
+                "the model is complete.",
+                UserWarning,
+                file or "unknown",
+                int(number) if number.isdigit() else 0,
             )
 
     @contextmanager
@@ -299,18 +314,19 @@ class Report:
         if isinstance(value, Tensor) and is_plain(value) and value.numel() == 1:
             self.registered.add(geometry.storage_id(value))
 
-    def named_tensors(self, final: bool = True, lazy: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def named_tensors(self, lazy: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield names of the models it is about, then of the outermost modules the scope made.
 
-        Of several of these all but the first have a number before their names. `final`: these are
-        known, which they are at the end.
+        Of several of these all but the first have a number before their names.
         """
-        for ref, prefix in self.roots:
+        for ref, prefix, strip in self.roots:
             model = ref()
             if model is not None:
-                yield from ((name, t) for name, _, _, t in named_tensors(model, prefix, lazy))
-        for i, m in enumerate(self._outermost() if final and not self.is_about_models else ()):
-            for name, _, _, t in named_tensors(m, self.prefix + (f"~{i}." if i else ""), lazy):
+                named = named_tensors(model, prefix, lazy, strip)
+                yield from ((name, t) for name, _, _, t in named)
+        for i, m in enumerate(() if self.is_about_models else self._outermost()):
+            prefix = self.prefix + (f"~{i}." if i else "")
+            for name, _, _, t in named_tensors(m, prefix, lazy, self.strip):
                 yield name, t
 
     def has_several_models(self) -> bool:
@@ -318,7 +334,10 @@ class Report:
 
     def _outermost(self) -> list[nn.Module]:
         modules = [m for m in (ref() for ref in self._modules.values()) if m is not None]
-        inner = {id(child) for m in modules for child in m.children()}
+        inner: set[int] = set()
+        for m in modules:
+            if id(m) not in inner:
+                inner.update(id(part) for part in m.modules() if part is not m)
         return [m for m in modules if id(m) not in inner]
 
     def _names(self) -> dict[int, tuple[str, Tensor]]:
@@ -349,6 +368,8 @@ class Report:
             calls = tuple(table.call(f, shape) for f in m.written)
             kind = "" if t is None else "parameter" if isinstance(t, nn.Parameter) else "buffer"
             keys = ", ".join({f.key: None for f in m.written if f.key})
+            if name in self.unnamed:
+                keys = "#" + keys.lstrip("#")
             rows.append(Row(name, shape, fill.dtype, calls, kind, keys, "written", (*m.written,)))
         shown = {row.name for row in rows}
         missing = {name: s for s in _STATUSES for name in getattr(self._stock, s)}

@@ -56,6 +56,7 @@ def text(report: Report) -> str:
         (LOST, lost(report)),
         ("Tied", [" = ".join(names) for names in report.tied]),
         ("Drawn from torch's generators, whatever the seed", sorted(report.foreign)),
+        ("Numbered in the order of the code, as no module has them", report.numbered),
     ):
         if found:
             lines += textwrap.wrap(f"{title}: {some(found)}", width)

@@ -4,7 +4,7 @@ own operators do to them afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -29,16 +29,21 @@ class Owner(Protocol):
 class Identity:
     """What a keyed fill shares with its copies, which must get the same values."""
 
-    __slots__ = ("label", "members")
+    __slots__ = ("first", "former", "heirs", "label", "law", "line", "members")
 
     def __init__(self, owner: Owner, box: Box) -> None:
         self.label = ""  # that of the first member with a name, once some of it is written
+        self.law: Law | None = None  # likewise
+        self.first: int | None = None  # index of the matrix of which this is a part
+        self.line = ""  # of code, which had it written before names were final
         self.members = [(owner, box)]
+        self.former: list[tuple[Owner, Box]] = []  # where something else is now
+        self.heirs: list[tuple[Owner, str]] = []  # what is computed of it; behind that one's name
 
     def leave(self, owner: Owner) -> None:
         at = [m[0] for m in self.members]
         if owner in at:  # once: it may hold a copy of what it held itself
-            del self.members[at.index(owner)]
+            self.former.append(self.members.pop(at.index(owner)))
 
 
 class Place(NamedTuple):
@@ -139,7 +144,46 @@ class Cast:
     op = "cast"
 
 
-Waiting = Drawn | KeyedFill | Chain | Cast
+@dataclass(slots=True, eq=False)
+class Source:
+    """A tensor as it was when an operator got it, by what waited there."""
+
+    fills: tuple[Waiting, ...]
+    nbytes: int  # of the storage
+    dtype: torch.dtype
+    at: Box  # in the storage, in elements
+    device: torch.device
+
+
+@dataclass(slots=True, eq=False)
+class Computed:
+    """A result of an operator on what waits, for all of a storage."""
+
+    operator: Any
+    args: Any  # with sources and copies in the place of tensors
+    kwargs: Any
+    which: int  # of its results
+    dtype: torch.dtype
+    at: Box  # in the storage, in elements
+    extent: tuple[int, int]  # bytes of the storage: all of it
+    items: int
+    is_dense = True
+
+    op = "computed"
+
+    def sources(self) -> Iterator[Source]:
+        todo = [self.args, self.kwargs]
+        while todo:
+            x = todo.pop()
+            if isinstance(x, Source):
+                yield x
+            elif isinstance(x, (list, tuple)):
+                todo += x
+            elif isinstance(x, dict):
+                todo += x.values()
+
+
+Waiting = Drawn | KeyedFill | Chain | Cast | Computed
 
 
 def view(storage: torch.UntypedStorage, dtype: torch.dtype, box: Box) -> Tensor:

@@ -173,6 +173,16 @@ composite: Any = _C.DispatchKey.CompositeImplicitAutograd
 fans = _init._calculate_fan_in_and_fan_out  # of xavier_*
 correct_fan = _init._calculate_correct_fan  # of kaiming_*
 
+# ---- torch.nn ------------------------------------------------------------------------------------
+
+# Code that makes tensors of one element and shows them to nobody.
+DISCREET: frozenset[CodeType] = frozenset(
+    (
+        torch.nn.functional.normalize.__code__,
+        torch.nn.utils.parametrizations._SpectralNorm.forward.__code__,
+    )
+)
+
 # ---- torch.jit -----------------------------------------------------------------------------------
 
 ScriptModule: Any = torch.jit._script.RecursiveScriptModule  # saves tensors by itself

@@ -162,7 +162,8 @@ def test_views_of_one_buffer() -> None:
         torch_init.normal_(model.a)
     assert equal(model.a, keyed("normal_", (5, 10), name="a"))
     assert equal(model.b, keyed("normal_", (50,), name="b"))
-    with seeded() as report:
+    told = pytest.warns(UserWarning, match=r"a has the numbers of #block\.0")
+    with told, seeded() as report:
         flat, model = torch.empty(100), nn.Module()
         model.a, model.b = nn.Parameter(flat[:50]), nn.Parameter(flat[50:])
         flat.normal_()  # of both: neither name will do

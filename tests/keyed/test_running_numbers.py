@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""seed=: what is read before it has a name gets a running number, and keeps its values."""
+"""seed=: what is read before the end keeps its values; what has no name has a running number."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from tests.support.seeded import (
     equal,
     keyed,
     keys,
-    numbered,
     seeded,
     state,
     torch_any,
@@ -119,18 +118,15 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-KEYLESS = {"flip"}  # of which it is not known that they depend on what was there
-
-
 @pytest.mark.parametrize("name", CHANGES)
 def test_changes(name: str) -> None:
-    """Numbers by running number then; the report says so."""
+    """What is changed by other operators has the numbers of its name before."""
     with seeded() as report:
         model = nn.Module()
         model.w = nn.Buffer(torch.empty(4, 5).normal_())
         CHANGES[name](model.w)
-    assert keys(report) == {"w": "" if name in KEYLESS else "#block.0"}
-    expected = numbered("#block.0", (4, 5))
+    assert (keys(report), report.unnamed) == ({"w": "w"}, {})
+    expected = keyed("normal_", (4, 5))
     CHANGES[name](expected)
     assert equal(model.w, expected)
     named = nn.Module()
@@ -232,5 +228,6 @@ def test_a_thread_in_the_scope() -> None:
         thread.join()
         model.b = nn.Linear(8, 8)
     found = keys(report)
-    assert found["a.weight"] == "#block.0"
+    assert found["a.weight"] == "a.weight"
     assert found["b.weight"] == "b.weight"
+    assert report.unnamed == {}

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Models that are older than the scope which fills their tensors, found by who fills them."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from types import FrameType
+from typing import TypeGuard
+
+from torch import Tensor, nn
+
+from fastinit.core import geometry, shard
+
+
+def depth() -> int:
+    """Return how many frames there are on this thread's stack."""
+    return sum(1 for _ in _frames())
+
+
+def at_work(outside: int, name: str = "") -> Iterator[nn.Module]:
+    """Yield the modules whose methods (of a name) are running, the innermost first.
+
+    `outside`: frames at the bottom of the stack that do not count. Those of a frame are looked at
+    only if need be, since up to Python 3.12 a look keeps all that its variables hold.
+    """
+    for frame in list(_frames())[: -outside or None]:
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self" and name in ("", code.co_name):
+            module = frame.f_locals.get("self")
+            if _is_made(module):
+                yield module
+
+
+def everywhere() -> Iterator[nn.Module]:
+    """Yield all modules that Python's garbage collector knows, without running it."""
+    return filter(_is_made, gc.get_objects())
+
+
+def owners_of(
+    storages: Collection[int], modules: Iterable[nn.Module]
+) -> list[tuple[nn.Module, set[int]]]:
+    """Return the modules that have tensors in some storages, and in which of them.
+
+    Each comes once, in the order in which they were given, unless it is in another one.
+    """
+    found: dict[int, tuple[nn.Module, set[int]]] = {}
+    seen: set[int] = set()
+    inner: set[int] = set()
+    for m in modules:
+        if id(m) in seen or id(m) in inner:
+            continue
+        seen.add(id(m))
+        parts = list(m.modules())
+        inner.update(id(p) for p in parts[1:])
+        tensors = (t for p in parts for kind in (p._parameters, p._buffers) for t in kind.values())
+        mine = {s for s in map(_storage_of, tensors) if s in storages}
+        if mine:
+            found[id(m)] = m, mine
+    return [x for key, x in found.items() if key not in inner]
+
+
+def _storage_of(t: Tensor | None) -> int:
+    """Return the id of a parameter's or buffer's storage; 0: it has none."""
+    if t is None or nn.parameter.is_lazy(t):
+        return 0
+    here = shard.local(t)
+    return geometry.storage_id(here) if geometry.is_plain(here) else 0
+
+
+def _is_made(x: object) -> TypeGuard[nn.Module]:
+    """Return whether something is a module whose constructor has begun; proxies are not asked."""
+    return issubclass(type(x), nn.Module) and "_modules" in vars(x)
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
