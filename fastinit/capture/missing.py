@@ -77,8 +77,6 @@ def stand_ins(model: nn.Module, missing: Container[int], watch: Watch) -> Iterat
     copies: list[tuple[Tensor, Callable[[], object]]] = []
     slots: list[tuple[nn.Module, str, Tensor]] = []
     for m in model.modules():
-        if isinstance(m, torch.jit.ScriptModule):
-            continue
         for name, t in (*m._parameters.items(), *m._buffers.items()):
             if t is not None and id(t) not in missing and not nn.parameter.is_lazy(t):
                 slots.append((m, name, t))

@@ -341,13 +341,31 @@ def test_notes_on_parameters() -> None:
     fastinit.materialize_(model, fn=fn).check()
 
 
+def test_weights_of_recurrent_layers_by_their_list() -> None:
+    model = nn.Sequential(nn.LSTM(70, 80), Two())
+    before = {n: seen(p) for n, p in model[0].named_parameters()}
+
+    def fn(m: nn.Module) -> None:
+        for w in m._flat_weights if isinstance(m, nn.LSTM) else m.parameters(recurse=False):
+            nn.init.ones_(w)
+
+    fastinit.materialize_(model, fn=fn).check()
+    assert {n: seen(p) for n, p in model[0].named_parameters()} == before
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-def test_lazy_and_scripted_modules_are_left_alone() -> None:
+def test_lazy_and_scripted_modules() -> None:
     scripted = torch.jit.script(nn.Linear(3, 3))
     model = nn.Sequential(nn.LazyLinear(5), scripted, Two())
-    before = list(scripted.parameters())
-    fastinit.materialize_(model, fn=lambda m: nn.init.ones_(m.new) if isinstance(m, Two) else None)
-    assert all(a is b or torch.equal(a, b) for a, b in zip(before, scripted.parameters()))
+    before = [p.detach().clone() for p in scripted.parameters()]
+
+    def fn(m: nn.Module) -> None:
+        for p in m.parameters(recurse=False):
+            if not nn.parameter.is_lazy(p):
+                nn.init.ones_(p)
+
+    fastinit.materialize_(model, fn=fn)
+    assert all(map(torch.equal, before, scripted.parameters()))
     assert nn.parameter.is_lazy(model[0].weight)
 
 

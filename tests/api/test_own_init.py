@@ -232,6 +232,47 @@ def test_wrappers_that_forward_attributes() -> None:
     assert fastinit.init_model_(compiled).initialised_by == ["_orig_mod: Whole.init_weights()"]
 
 
+class Few(Base):
+    """Writes one weight and some small tensors, which torch's own functions fill."""
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.emb.weight, std=0.02)
+        nn.init.ones_(self.body[0].bias)
+        nn.init.normal_(self.body[1].weight)
+        nn.init.uniform_(self.body[1].bias)
+
+
+@pytest.mark.parametrize("how", ["meta", "real", "record"])
+def test_modules_left_as_a_whole_are_reset_once(how: str) -> None:
+    model = on_meta(Few) if how == "meta" else Few()
+    torch.manual_seed(7)
+    fill(model, how)
+    expected = Few()
+    torch.manual_seed(7)
+    expected.init_weights()
+    expected.body[0].reset_parameters()  # its weight is left
+    nn.init.ones_(expected.body[0].bias)
+    expected.body[2].reset_parameters()
+    assert_equal_seen(values(expected), values(model), "model")
+
+
+class Orthogonal(Base):
+    def init_weights(self) -> None:
+        nn.init.orthogonal_(self.body[0].weight)
+
+
+@pytest.mark.parametrize("how", ["meta", "real", "record"])
+def test_what_torch_itself_does_is_written(how: str) -> None:
+    fastinit.set_orthogonal("torch")
+    try:
+        model = on_meta(Orthogonal) if how == "meta" else Orthogonal()
+        fill(model, how)
+    finally:
+        fastinit.set_orthogonal("native")
+    weight = model.body[0].weight.detach()
+    assert torch.allclose(weight.T @ weight, torch.eye(70), atol=1e-5)
+
+
 # ---- methods that only look like it ----
 
 

@@ -499,3 +499,76 @@ def test_init_model(native: None) -> None:
         return model
 
     assert_same_models({False: eager, True: fast}, "bert")
+
+
+# ---- without fn: initialize_weights, as the library's own constructors end ----
+
+# CLIP's logit_scale and what weight_norm makes of a weight only constructors know.
+OWN = [name for name in MODELS if name not in ("clip", "wav2vec2")]
+
+
+def empty(name: str, how: str) -> Any:
+    if how == "meta":
+        with torch.device("meta"):
+            return build(name)
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    with accelerate.init_empty_weights(include_buffers=how == "accelerate with buffers"):
+        model = build(name)
+    model.tie_weights()
+    return model
+
+
+@pytest.mark.parametrize("how", ["meta", "accelerate", "accelerate with buffers"])
+@pytest.mark.parametrize("name", slow_but(OWN, "llama", "bert"))
+def test_own_init_from_meta(name: str, how: str, native: None) -> None:
+    """accelerate lets constructors initialise what has no memory, and mark it as initialised."""
+
+    def eager() -> Any:
+        model = build(name)
+        torch.manual_seed(4)
+        return start_again(model)
+
+    def fast() -> Any:
+        model = empty(name, how)
+        torch.manual_seed(4)
+        report = fastinit.materialize_(model)
+        report.check()
+        assert report.initialised_by[0] == f"{type(model).__name__}.initialize_weights()"
+        return model
+
+    assert_same_models({False: eager, True: fast}, name)
+
+
+@pytest.mark.parametrize("name", slow_but(OWN, "t5"))
+def test_own_init_of_a_model_that_is_there(name: str, native: None) -> None:
+    def eager() -> Any:
+        model = build(name)
+        torch.manual_seed(4)
+        return start_again(model)
+
+    def fast() -> Any:
+        model = build(name)
+        torch.manual_seed(4)
+        fastinit.init_model_(model)
+        return model
+
+    assert_same_models({False: eager, True: fast}, name)
+
+
+def test_new_head_on_meta(native: None) -> None:
+    """What was loaded stays, whatever initialize_weights would do to it."""
+    model = build("bert")
+    with torch.device("meta"):
+        model.cls.predictions.transform.dense = nn.Linear(128, 128)
+    before = {n: (p, bits(p)) for n, p in model.named_parameters() if not p.is_meta}
+    whole = build("bert")
+    torch.manual_seed(4)
+    expected = start_again(whole).cls.predictions.transform.dense
+    torch.manual_seed(4)
+    fastinit.materialize_(model).check()
+    for name, (p, value) in before.items():
+        assert model.get_parameter(name) is p
+        assert torch.equal(bits(p), value)
+    found = model.cls.predictions.transform.dense
+    assert torch.equal(bits(found.weight), bits(expected.weight))
+    assert torch.equal(bits(found.bias), bits(expected.bias))
