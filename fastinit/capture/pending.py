@@ -358,6 +358,9 @@ class Pending:
     def push_step(self, memory: Memory, t: Tensor, step: Step) -> bool:
         """Let a pointwise operator wait behind what waits there; return whether it can."""
         new = Chain.of(t, step)
+        begin, end = new.extent
+        if not any(f.is_dense and f.extent[0] <= begin and end <= f.extent[1] for f in memory.fills):
+            return False  # what was there before would get it twice if Ctrl-C has it done again
         last = memory.fills[-1]
         if isinstance(last, Chain) and last.box == new.box and last.dtype is new.dtype:
             if len(last.steps) >= _MOST_STEPS:

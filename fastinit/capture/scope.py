@@ -126,9 +126,9 @@ class Scope(Mode, Recorder):
             t = shard.local(t)  # of a DTensor, whose operators come back for this rank's part
             if type(t) not in geometry.PLAIN:
                 return
-        if self.keeps_all:
-            self._note_temporary(t, function)
         with contextlib.nullcontext() if torch_api.function_modes() == 0 else _unseen():
+            if self.keeps_all:
+                self._note_temporary(t, function)
             if self.is_idle:
                 if not (geometry.is_worth_watching(t) and self.begin()):
                     return

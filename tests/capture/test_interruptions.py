@@ -15,7 +15,7 @@ import torch
 
 import fastinit
 from fastinit import execute
-from fastinit.capture import scope
+from fastinit.capture import chains, scope
 from fastinit.core import kernels, recording
 from tests.support.compare import (
     BF16,
@@ -170,3 +170,34 @@ def test_what_would_take_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
         report.check()
     assert recording.this_thread.recorder is None
     assert model
+
+
+@pytest.mark.parametrize("rows", [100, 200], ids=["part", "whole"])
+def test_operators_behind_a_fill_are_not_done_twice(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was in the tensor before is doubled once, though all is written again."""
+    expected, model = torch.nn.Linear(300, 200), torch.nn.Linear(300, 200)
+    model.load_state_dict(expected.state_dict())
+
+    def fn(m: Any) -> None:
+        with torch.no_grad():
+            m.weight[:rows].normal_()
+            m.weight.mul_(2)
+
+    torch.manual_seed(3)
+    fn(expected)
+    original, raised = chains.run_chains, []
+
+    def run_chains(what: Any) -> None:
+        original(what)
+        if what and not raised:
+            raised.append(1)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(chains, "run_chains", run_chains)
+    torch.manual_seed(3)
+    with suppress(KeyboardInterrupt):
+        fastinit.init_model_(model, fn)
+    assert len(raised) == (rows == 200)  # otherwise it does not wait
+    assert torch.equal(model.weight, expected.weight)
