@@ -359,7 +359,8 @@ class Pending:
         """Let a pointwise operator wait behind what waits there; return whether it can."""
         new = Chain.of(t, step)
         begin, end = new.extent
-        if not any(f.is_dense and f.extent[0] <= begin and end <= f.extent[1] for f in memory.fills):
+        dense = (f.extent for f in memory.fills if f.is_dense)
+        if not any(first <= begin and end <= last for first, last in dense):
             return False  # what was there before would get it twice if Ctrl-C has it done again
         last = memory.fills[-1]
         if isinstance(last, Chain) and last.box == new.box and last.dtype is new.dtype:
