@@ -56,7 +56,7 @@ def init_model_(
     rule = checked("init_model_", model, fn)
     if only_missing is not False:
         how = (rule, seed, prefix, orthogonal)
-        return _fill_missing("init_model_", model, None, None, _names(model, only_missing), *how)
+        return _fill_missing("init_model_", model, None, None, _given(model, only_missing), *how)
     if is_recording_a_plan():
         raise RuntimeError("init_model_ cannot be part of a Plan that is being recorded")
     with adopting(tensors_of(model), model, seed, prefix, orthogonal) as report:
@@ -113,9 +113,9 @@ def materialize_(
             constructor computes. Such tensors are left on the meta device and named.
     """
     rule = checked("materialize_", model, fn, device, dtype)
-    names = None if only_missing is False else _names(model, only_missing)
+    too = None if only_missing is False else _given(model, only_missing)
     how = (rule, seed, prefix, orthogonal)
-    return _fill_missing("materialize_", model, device, dtype, names, *how)
+    return _fill_missing("materialize_", model, device, dtype, too, *how)
 
 
 def _fill_missing(
@@ -123,18 +123,18 @@ def _fill_missing(
     model: nn.Module,
     device: Device,
     dtype: torch.dtype | None,
-    names: frozenset[str] | None,
+    too: list[Tensor] | None,
     rule: Rule | None,
     seed: int | None,
     prefix: str,
     orthogonal: str | None,
 ) -> Report:
-    """Initialise what is on the meta device or has one of these names; None: all there is."""
+    """Initialise what is on the meta device and these tensors, too; None: all there is."""
     if is_recording_a_plan():
         raise RuntimeError(f"{function} cannot be part of a Plan that is being recorded")
     named = list(named_tensors(model))
-    there = [t for name, _, _, t in named if names is None or name in names if not t.is_meta]
-    with adopting(there if names else (), model, seed, prefix, orthogonal) as report:
+    there = [t for t in (tensors_of(model) if too is None else too) if not t.is_meta]
+    with adopting(there, model, seed, prefix, orthogonal) as report:
         report.is_about_new = True
         slots = [s for s in named if s[3].is_meta]
         swaps = torch.__future__.get_swap_module_params_on_conversion()
@@ -158,7 +158,7 @@ def _fill_missing(
             memory.clear()
             watch.add(*there)
             missing = {id(t) for t in (*new.values(), *there)}
-            given = None if names is None else missing
+            given = None if too is None else missing
             run = Initialisation(model, given, watch, device, anew=True)
             run(rule)
         finally:
@@ -184,21 +184,26 @@ def _fill_missing(
     return report
 
 
-def _names(model: nn.Module, given: bool | Iterable[str]) -> frozenset[str]:
-    """Return the names among these. Raises TypeError and ValueError, saying what to give."""
-    if given is True:
-        return frozenset()
-    given = getattr(given, "missing_keys", given)  # what load_state_dict returns
-    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
-        raise TypeError(f"only_missing is True, False or names of parameters, not {given!r}")
-    names = frozenset(given)
-    unknown = names - {name for name, _, _, _ in named_tensors(model)}
+def _given(model: nn.Module, names: bool | Iterable[str]) -> list[Tensor]:
+    """Return the tensors of these names. Raises TypeError and ValueError, saying what to give."""
+    if names is True:
+        return []
+    names = getattr(names, "missing_keys", names)  # what load_state_dict returns
+    if isinstance(names, str | bytes) or not isinstance(names, Iterable):
+        raise TypeError(f"only_missing is True, False or names of parameters, not {names!r}")
+    found: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **{name: t for name, _, _, t in named_tensors(model)},  # without what wrappers add
+    }
+    names = list(names)
+    unknown = [str(name) for name in names if name not in found]
     if unknown:
         raise ValueError(
-            f"only_missing: the model has no {', '.join(sorted(map(str, unknown)))}; give names "
-            "of model.named_parameters() and named_buffers()"
+            f"only_missing: the model has no {', '.join(sorted(unknown))}; give names of "
+            "model.named_parameters() and named_buffers()"
         )
-    return names
+    return [found[name] for name in names]
 
 
 def checked(

@@ -43,6 +43,7 @@ class Initialisation:
         self._anew = anew
         self._device = None if device is None else torch.device(device)
         self._methods: dict[type, tuple[str, str, bool]] = {}
+        self._done: set[int] = set()  # modules whose own method was called
         self._others = False  # something was reset beside what brings its own
         self.chosen: list[str] = []  # calls
         self._unused: dict[str, None] = {}  # methods that only the model can call
@@ -69,7 +70,9 @@ class Initialisation:
             self._methods[kind] = methods
         own, unused, has_adapters = methods
         if own:
-            self._run_own(m, own, missing)
+            if id(m) not in self._done:  # it may be in several places
+                self._done.add(id(m))
+                self._run_own(m, own, missing)
             return
         if unused:
             self._unused[unused] = None

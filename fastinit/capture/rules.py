@@ -84,7 +84,7 @@ def _is_of_module(fn: Fn) -> bool:
 
 def _rule(fn: Fn, is_method: bool) -> Rule | None:
     """Return how to call a function; None if it takes more than a module."""
-    text = getattr(fn, "__qualname__", None) or repr(fn)
+    text = (getattr(fn, "__qualname__", None) or repr(fn)).rpartition("<locals>.")[2]
     try:
         parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):  # of C

@@ -185,6 +185,33 @@ def test_names_of_what_was_not_loaded(as_returned: bool, native: None) -> None:
         assert {r.name for r in report.rows() if r.status != "kept"} == set(names)
 
 
+def test_names_of_wrapped_models() -> None:
+    """With what the wrapper puts in front, as its load_state_dict says them, or without."""
+    model = nn.DataParallel(nn.Sequential(nn.Linear(70, 80), nn.Linear(80, 60)))
+    state = model.state_dict()
+    del state["module.1.weight"]
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert missing == ["module.1.weight"]
+    for names in (missing, ["1.weight"]):
+        before = {n: seen(p) for n, p in model.named_parameters()}
+        report = fastinit.init_model_(model, only_missing=names)
+        after = {n: seen(p) for n, p in model.named_parameters()}
+        assert [n for n in before if before[n] != after[n]] == ["module.1.weight"]
+        assert "1.weight" not in report.kept
+
+
+def test_in_a_scope(native: None) -> None:
+    """Stand-ins are dropped with their fills though nothing is written before the end."""
+    model = nn.ModuleList([Two(), Two()])
+    with fastinit.fused() as report:
+        fastinit.materialize_(model, fn=everything)
+        assert report.written_elements == 0
+    assert report.written_elements == 2 * 6400
+    for m in model:
+        assert torch.equal(m.real, torch.arange(6400.0).view(80, 80))
+        assert 0.019 < m.new.std() < 0.021
+
+
 def test_assigned_checkpoint(native: None) -> None:
     """load_state_dict(strict=False, assign=True) on a model on meta, and a new head."""
     model = on_meta(lambda: nn.Sequential(nn.Linear(70, 80), nn.Linear(80, 60), nn.Linear(60, 50)))

@@ -208,6 +208,17 @@ def test_a_model_in_a_model() -> None:
     ]
 
 
+def test_a_model_in_two_places_is_initialised_once() -> None:
+    def make() -> nn.Module:
+        shared = Whole()
+        return nn.ModuleList([nn.Sequential(shared), nn.Sequential(shared)])
+
+    model = on_meta(make)
+    torch.manual_seed(7)
+    fastinit.materialize_(model)
+    assert_equal_seen(eager(Whole), values(model[0][0]), "model")
+
+
 class Forwarding(nn.Module):
     """As peft's and torch.compile's wrappers, which hand on the attributes of what they wrap."""
 
