@@ -324,9 +324,9 @@ class Pending:
             calls = self._calls.setdefault(key, [])
             calls.append(how)
             if len(calls) > _MOST_CALLS:
-                self._known(key).note_calls(self._calls.pop(key))
+                self._memory_of(key).note_calls(self._calls.pop(key))
 
-    def _known(self, key: int) -> Memory:
+    def _memory_of(self, key: int) -> Memory:
         """Return a storage that is known or the model's."""
         if key not in self.known:
             self.known[key] = Memory(self._ours[key], False)
@@ -335,7 +335,7 @@ class Pending:
     def close(self) -> Stock:
         """Return what is known at the end of the scope, without what could keep tensors alive."""
         for key in self._calls:
-            self._known(key)
+            self._memory_of(key)
         stock = Stock(self.known, frozenset(self._ours), self._calls)
         self._ours, self._calls = {}, {}
         return stock
