@@ -61,6 +61,10 @@ class Capture(Scope):
             self._settle_arguments(func, args, kwargs)
         if operators.writes(func):
             self._note_operator(func, args, kwargs or {})
+        elif getattr(func, "namespace", "") == "c10d":  # whose schemas do not say what they write
+            for t in leaves((args, kwargs)):
+                if isinstance(t, Tensor):
+                    self.pending.wrote(t)
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def _fill(self, func: Any, args: Any, kwargs: Kwargs, law_of: operators.LawOf) -> Any:

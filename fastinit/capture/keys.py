@@ -191,6 +191,11 @@ class Keys:
         """Let a fill and its copies go by the first name that one of them has."""
         identity.law, identity.first = fill.law, fill.first
         name = next(self._names_of(identity), None)
+        known = self._is_final or self._report.is_about_models or not fill.law.is_random
+        if name is None and not known and self._searches:  # a deepcopy registers nothing
+            self._searches -= 1
+            self._search({memory.storage_id for memory, _ in identity.members})
+            name = next(self._names_of(identity), None)
         first = identity.members[0][0] if identity.members else fill.memory
         assert first is not None
         if not self._is_final and fill.law.is_random:
@@ -240,7 +245,8 @@ class Keys:
             if memory.is_dead():
                 continue
             name = self._names.first(memory.storage_id)
-            wrong = next((i for i in memory.origins if i not in right), None)
+            own = f"/{name}"  # that it took over from what was sharded, say
+            wrong = next((i for i in memory.origins if i not in right and i.label != own), None)
             number = next((w.key for w in memory.written if w.key in self._given), "")
             if name is None:
                 numbered += [number] if number else []
