@@ -217,12 +217,13 @@ def adopting(
     model: nn.Module | None = None,
     seed: int | None = None,
     prefix: str = "",
+    strip: str = "",
     orthogonal: str | None = None,
 ) -> fused:
     """Return a scope in which fills of these tensors may wait as well, though they are older.
 
     The caller holds them while it lasts. Its report is about the model.
     """
-    scope = fused(seed=seed, prefix=prefix, watch=True, orthogonal=orthogonal)
+    scope = fused(seed=seed, prefix=prefix, strip=strip, watch=True, orthogonal=orthogonal)
     scope._adopted, scope._model = tensors, model
     return scope

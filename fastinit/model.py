@@ -27,6 +27,7 @@ def init_model_(
     *,
     only_missing: bool | Iterable[str] = False,
     prefix: str = "",
+    strip: str = "",
     orthogonal: str | None = None,
 ) -> Report:
     """Initialise all of a model's parameters in one pass; same numbers as one by one.
@@ -44,6 +45,7 @@ def init_model_(
             memory as by `materialize_`, and for these names: `model.load_state_dict(state,
             strict=False).missing_keys`
         prefix: put before these names, for a model that is a part of another
+        strip: left out at the beginning of these names, for a model that has another one within
         orthogonal: "torch" or "native": who writes orthogonal_, as for `fused`
 
     Returns:
@@ -55,11 +57,11 @@ def init_model_(
     """
     rule = checked("init_model_", model, fn)
     if only_missing is not False:
-        how = (rule, seed, prefix, orthogonal)
+        how = (rule, seed, prefix, strip, orthogonal)
         return _fill_missing("init_model_", model, None, None, _given(model, only_missing), *how)
     if is_recording_a_plan():
         raise RuntimeError("init_model_ cannot be part of a Plan that is being recorded")
-    with adopting(tensors_of(model), model, seed, prefix, orthogonal) as report:
+    with adopting(tensors_of(model), model, seed, prefix, strip, orthogonal) as report:
         run = Initialisation(model, anew=seed is not None)
         run(rule)
     report.initialised_by += run.chosen
@@ -80,6 +82,7 @@ def materialize_(
     *,
     only_missing: bool | Iterable[str] = True,
     prefix: str = "",
+    strip: str = "",
     orthogonal: str | None = None,
 ) -> Report:
     """Give a model's meta tensors memory, and initialise it in one pass.
@@ -94,6 +97,7 @@ def materialize_(
             whatever `fn` does; names of others to be initialised, too, may be given, as for
             `init_model_`. False: `fn` may overwrite all of the model
         prefix: put before these names, for a model that is a part of another
+        strip: left out at the beginning of these names, for a model that has another one within
         orthogonal: "torch" or "native": who writes orthogonal_, as for `fused`
 
     Returns:
@@ -114,7 +118,7 @@ def materialize_(
     """
     rule = checked("materialize_", model, fn, device, dtype)
     too = None if only_missing is False else _given(model, only_missing)
-    how = (rule, seed, prefix, orthogonal)
+    how = (rule, seed, prefix, strip, orthogonal)
     return _fill_missing("materialize_", model, device, dtype, too, *how)
 
 
@@ -127,6 +131,7 @@ def _fill_missing(
     rule: Rule | None,
     seed: int | None,
     prefix: str,
+    strip: str,
     orthogonal: str | None,
 ) -> Report:
     """Initialise what is on the meta device and these tensors, too; None: all there is."""
@@ -134,7 +139,7 @@ def _fill_missing(
         raise RuntimeError(f"{function} cannot be part of a Plan that is being recorded")
     named = list(named_tensors(model))
     there = [t for t in (tensors_of(model) if too is None else too) if not t.is_meta]
-    with adopting(there, model, seed, prefix, orthogonal) as report:
+    with adopting(there, model, seed, prefix, strip, orthogonal) as report:
         report.is_about_new = True
         slots = [s for s in named if s[3].is_meta]
         swaps = torch.__future__.get_swap_module_params_on_conversion()

@@ -115,7 +115,12 @@ class Plan(Recorder):
         return len(self._steps)
 
     def run(
-        self, progress: bool | None = None, *, seed: int | None = None, prefix: str = ""
+        self,
+        progress: bool | None = None,
+        *,
+        seed: int | None = None,
+        prefix: str = "",
+        strip: str = "",
     ) -> None:
         """Write everything that was recorded.
 
@@ -124,6 +129,7 @@ class Plan(Recorder):
                 generators; see `Key`. Names are those of the model for `record`, otherwise the
                 number of the call
             prefix: put before the names
+            strip: left out at their beginning
             progress: show a bar (with tqdm, if installed) while matrices become orthogonal; by
                 default on a terminal, if that takes more than two seconds
 
@@ -140,7 +146,7 @@ class Plan(Recorder):
             if self._on_gpu:
                 execute.refuse_in_graph()
             if seed is not None:
-                self._run_keyed(Key(seed).seed, prefix)
+                self._run_keyed(Key(seed).seed, prefix, strip)
             elif self._prepared is not None:
                 if not self._prepared.run():
                     raise RuntimeError(_MOVED)
@@ -183,10 +189,12 @@ class Plan(Recorder):
         else:
             execute.run(fills, progress)
 
-    def _run_keyed(self, seed: int, prefix: str) -> None:
+    def _run_keyed(self, seed: int, prefix: str, strip: str) -> None:
         if any(geometry.place(t) != place for t, place in self._places):
             raise RuntimeError(_MOVED)
-        run = _Keyed(seed, prefix, names.Names((prefix + name, t) for name, t in self._names))
+        short = names.stripped([name for name, _ in self._names], strip)
+        named = ((prefix + name, t) for name, (_, t) in zip(short, self._names))
+        run = _Keyed(seed, prefix, names.Names(named))
         for number, step in enumerate(self._steps):
             if isinstance(step, _Fills):
                 if step.has_moved():

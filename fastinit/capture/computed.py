@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -26,7 +26,8 @@ from fastinit.core.geometry import is_plain, storage_id
 _MOST_ITEMS = 1 << 16  # of a tensor that does not wait, and has to be kept as it is now
 _MOST_STEPS = 256  # operators that one result may need
 
-# Operators that cannot fail once it is known that their shapes fit, beside pointwise ones.
+# Operators that cannot fail once it is known that their shapes fit, beside pointwise ones. Of isnan
+# and the like the shape is known to Python code only, whose import takes two seconds.
 _SAFE = frozenset(
     f"aten::{name}"
     for name in (
@@ -46,6 +47,7 @@ _SAFE = frozenset(
         *("cat", "stack", "clone", "_to_copy", "native_layer_norm", "_softmax", "_log_softmax"),
         *("flip", "roll", "repeat", "constant_pad_nd", "avg_pool2d", "_adaptive_avg_pool2d"),
         *("max_pool2d_with_indices", "gelu", "relu", "masked_fill", "where", "diag_embed"),
+        *("linalg_qr", "geqrf", "linalg_householder_product"),
     )
 )
 
@@ -65,7 +67,7 @@ def is_safe(func: Any) -> bool:
     schema = getattr(func, "_schema", None)
     if schema is None or func.namespace != "aten" or operators.is_random(func):
         return False
-    pointwise = torch.Tag.pointwise in func.tags
+    pointwise = torch.Tag.pointwise in func.tags and not schema.name.startswith("aten::is")
     return pointwise or schema.name in _SAFE or schema.name.removesuffix("_") in _SAFE
 
 
@@ -87,8 +89,11 @@ def results(func: Any, args: Any, kwargs: dict[str, Any], find: Find) -> list[Co
             kept[id(x)] = source
     if writes and "out" not in kwargs and not isinstance(kept.get(id(writes[0])), Source):
         return None
-    needed = {id(f) for s in kept.values() if isinstance(s, Source) for f in _needed(s)}
-    shapes = _shapes(func, args, kwargs) if len(needed) <= _MOST_STEPS else None
+    sources = [s for s in kept.values() if isinstance(s, Source)]
+    parts = dict.fromkeys(f for s in sources for w in s.fills for f in fills_of(w))
+    keyed = tuple(f for f in parts if isinstance(f, KeyedFill))
+    below = frozenset(x for s in sources for c in _computed(s.fills) for x in (id(c), *c.below))
+    shapes = _shapes(func, args, kwargs) if len(below) < _MOST_STEPS else None
     if shapes is None:
         return None
     asked = _replaced(args, kept), _replaced(inputs, kept)
@@ -101,7 +106,7 @@ def results(func: Any, args: Any, kwargs: dict[str, Any], find: Find) -> list[Co
         target = writes[0] if writes else x
         extent = (0, geometry.storage_of(target).nbytes())
         at = (int(target.storage_offset()), tuple(target.shape), target.stride())
-        made = Computed(func, *asked, which, target.dtype, at, extent, target.numel())
+        made = Computed(func, *asked, which, target.dtype, at, extent, target.numel(), keyed, below)
         found.append(made)
     return found
 
@@ -123,17 +128,13 @@ def _kept(x: Tensor, find: Find) -> Source | Tensor | None:
     return Source((*memory.fills,), memory.nbytes, x.dtype, at, x.device)
 
 
-def _needed(source: Source) -> Iterator[Computed]:
-    """Yield all results that have to be computed for a source, each once."""
-    todo, seen = [*source.fills], set[int]()
-    while todo:
-        fill = todo.pop()
-        if isinstance(fill, Cast):
-            todo += fill.source
-        elif isinstance(fill, Computed) and id(fill) not in seen:
-            seen.add(id(fill))
+def _computed(fills: Iterable[Waiting]) -> Iterator[Computed]:
+    """Yield the results among fills, and those that are converted."""
+    for fill in fills:
+        if isinstance(fill, Computed):
             yield fill
-            todo += (f for s in fill.sources() for f in s.fills)
+        elif isinstance(fill, Cast):
+            yield from _computed(fill.source)
 
 
 def _shapes(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor] | None:
@@ -148,6 +149,9 @@ def _shapes(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor] | None
             made = metas[storage_id(x)] = torch.empty(items, dtype=x.dtype, device="meta")
         return made.as_strided(x.shape, x.stride(), x.storage_offset())
 
+    if func is torch.ops.aten.linalg_vector_norm.default and not kwargs:  # as of isnan; see above
+        dim, keeps = (*args[2:], *(None, False)[len(args[2:]) :])[:2]
+        func, args = torch.ops.aten.sum.dim_IntList, (args[0], dim, keeps)
     metas: dict[int, Tensor] = {}
     where = next(x.device for x in leaves((args, kwargs)) if isinstance(x, Tensor))
     if kwargs.get("device") not in (None, where):

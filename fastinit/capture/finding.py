@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
-from collections.abc import Collection, Iterable, Iterator
-from types import FrameType
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from types import CodeType, FrameType
 from typing import TypeGuard
 
 from torch import Tensor, nn
@@ -14,18 +15,20 @@ from torch import Tensor, nn
 from fastinit.core import geometry, shard
 
 
-def depth() -> int:
-    """Return how many frames there are on this thread's stack."""
-    return sum(1 for _ in _frames())
+def stack() -> list[CodeType]:
+    """Return what this thread is running, the outermost first."""
+    return [frame.f_code for frame in _frames()]
 
 
-def at_work(outside: int, name: str = "") -> Iterator[nn.Module]:
+def at_work(before: Sequence[CodeType], name: str = "") -> Iterator[nn.Module]:
     """Yield the modules whose methods (of a name) are running, the innermost first.
 
-    `outside`: frames at the bottom of the stack that do not count. Those of a frame are looked at
-    only if need be, since up to Python 3.12 a look keeps all that its variables hold.
+    `before`: `stack()` of an earlier moment; what has been running since does not count. Variables
+    of a frame are looked at only if need be: up to Python 3.12 a look keeps all that they hold.
     """
-    for frame in list(_frames())[: -outside or None]:
+    frames = _frames()
+    since = len(list(itertools.takewhile(lambda x: x[0].f_code is x[1], zip(frames, before))))
+    for frame in reversed(frames[since:]):
         code = frame.f_code
         if code.co_argcount and code.co_varnames[0] == "self" and name in ("", code.co_name):
             module = frame.f_locals.get("self")
@@ -74,8 +77,11 @@ def _is_made(x: object) -> TypeGuard[nn.Module]:
     return issubclass(type(x), nn.Module) and "_modules" in vars(x)
 
 
-def _frames() -> Iterator[FrameType]:
+def _frames() -> list[FrameType]:
+    """Return the frames on this thread's stack, the outermost first."""
+    found = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        yield frame
+        found.append(frame)
         frame = frame.f_back
+    return found[::-1]

@@ -36,7 +36,7 @@ class Keys:
     def __init__(self, report: Report, seed: int | None, pending: Pending) -> None:
         self._seed = seed  # None: only fills with a Key of their own are keyed
         self._report, self._pending = report, pending
-        self._outside = finding.depth() if seed is not None else 0
+        self._before = [] if seed is None else finding.stack()
         self._names = Names()
         self._is_final = False
         self._looked_up_at = -1  # registrations the report had seen then
@@ -63,7 +63,7 @@ class Keys:
             self.look_up()
             if self._names.first(mine) is not None:
                 return
-            found = [m for m in finding.at_work(self._outside) if finding.owners_of((mine,), [m])]
+            found = [m for m in finding.at_work(self._before) if finding.owners_of((mine,), [m])]
             if found:
                 self._report.hold(found[-1], "", None)
             elif self._searches:
@@ -214,7 +214,7 @@ class Keys:
         if self._taken.setdefault(name, storage) != storage:
             return False
         # Those that are being made may not have their parts yet, and these not their names.
-        made = finding.at_work(self._outside, "__init__")
+        made = finding.at_work(self._before, "__init__")
         return all(finding.owners_of((storage,), [m]) for m in made)
 
     def _names_of(self, identity: Identity) -> Iterator[str]:

@@ -42,10 +42,15 @@ def named_tensors(
         for name, t in getattr(m, kind).items()
         if t is not None and (lazy or not nn.parameter.is_lazy(t))
     ]
-    taken = {full for full, *_ in found} if strip else set()
-    for full, m, name, t in found:
-        short = full.removeprefix(strip)
-        yield prefix + (full if short in taken else short), m, name, t
+    for full, (_, m, name, t) in zip(stripped([full for full, *_ in found], strip), found):
+        yield prefix + full, m, name, t
+
+
+def stripped(names: list[str], strip: str) -> list[str]:
+    """Return names without what some begin with, unless another has that name already."""
+    taken = {*names} if strip else ()
+    short = [name.removeprefix(strip) for name in names]
+    return [a if b in taken else b for a, b in zip(names, short)]
 
 
 def memory_of(t: Any) -> Iterator[Tensor]:

@@ -442,19 +442,13 @@ class Pending:
             self.filled.pop(memory.storage_id, None)
 
 
-def fills_of(waiting: Waiting, seen: set[int] | None = None) -> Iterator[Waiting]:
+def fills_of(waiting: Waiting) -> Iterator[Waiting]:
     """Yield what waits, or what a cast has of it, or what something is computed of."""
     if isinstance(waiting, Cast):
         for part in waiting.source:
-            yield from fills_of(part, seen)
+            yield from fills_of(part)
     elif isinstance(waiting, Computed):
-        seen = set() if seen is None else seen
-        if id(waiting) in seen:
-            return
-        seen.add(id(waiting))
-        for source in waiting.sources():
-            for part in source.fills:
-                yield from fills_of(part, seen)
+        yield from waiting.parts
     else:
         yield waiting
 

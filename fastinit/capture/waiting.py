@@ -167,6 +167,8 @@ class Computed:
     at: Box  # in the storage, in elements
     extent: tuple[int, int]  # bytes of the storage: all of it
     items: int
+    parts: tuple[KeyedFill, ...]  # all that go into it
+    below: frozenset[int]  # the ids of results that it needs
     is_dense = True
 
     op = "computed"
