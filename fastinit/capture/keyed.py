@@ -129,6 +129,12 @@ class KeyedCapture(Capture):
         if failed is not None:
             raise failed
 
+    def keep_names(self, tensors: Iterable[Tensor]) -> None:
+        found = [m for t in tensors if (m := self.pending.find(shard.local(t))) is not None]
+        waiting = [f for m in found for w in m.fills for f in fills_of(w)]
+        fills = [f for f in waiting if isinstance(f, KeyedFill)]
+        self._keys.keep({m.storage_id for m in found}, fills)
+
     # ---- copies --------------------------------------------------------------------------------
 
     def _copied(self, fill: Waiting, memory: Memory) -> Waiting:

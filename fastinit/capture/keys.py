@@ -47,6 +47,7 @@ class Keys:
         self._searches = _MOST_SEARCHES
         self._taken: dict[str, int] = {}  # the storage that took a name before the end
         self.early: list[Identity] = []  # what was read before the end
+        self._kept: set[Identity] = set()  # what goes by the names of tensors that have gone
 
     # ---- models ----------------------------------------------------------------------------------
 
@@ -207,6 +208,28 @@ class Keys:
             first.label = self._new_label()
         identity.label = first.label if name is None else "/" + name
 
+    def keep(self, storages: set[int], fills: Iterable[KeyedFill]) -> None:
+        """Let what was copied or computed of tensors that are about to go still go by their names.
+
+        `fills` wait in them.
+        """
+        identities = [i for f in fills if (i := f.identity) is not None and f.law.is_random]
+        copied = [i for i in identities if not i.label and (len(i.members) > 1 or i.heirs)]
+        if copied or self.early:
+            self._look_up()
+        for fill in fills if copied else ():
+            identity = fill.identity
+            if identity in copied and identity is not None:
+                identity.law, identity.first = fill.law, fill.first
+                name = next(self._names_of(identity), None)
+                identity.label = "" if name is None else "/" + name
+        for identity in (*copied, *self.early):
+            if identity.label[:1] == "/" and any(
+                m.storage_id in storages and self._names.first(m.storage_id) is not None
+                for m, _ in identity.members
+            ):
+                self._kept.add(identity)
+
     def _may_take(self, name: str, storage: int) -> bool:
         """Return whether a name may be taken before the end, since it is likely to be final."""
         if self._report.is_about_models:
@@ -238,7 +261,7 @@ class Keys:
 
     def tell(self) -> None:
         """Let the report know what has, or was computed with, other numbers than its name's."""
-        right = {i for i in self.early if i.label[1:] in self._names_of(i)}
+        right = {i for i in self.early if i in self._kept or i.label[1:] in self._names_of(i)}
         unnamed, numbered = self._report.unnamed, self._report.numbered
         numbered.clear()  # it may be asked again, after an interruption
         for memory in self._pending.known.values():

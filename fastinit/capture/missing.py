@@ -92,6 +92,9 @@ def stand_ins(model: nn.Module, missing: Container[int], watch: Watch) -> Iterat
             del copies, memory
             yield
     finally:
+        recorder = recording.this_thread.recorder
+        if recorder is not None:
+            recorder.keep_names(made.values())
         for m, name, t in slots:
             if name in m._parameters or name in m._buffers:
                 put(m, name, t)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -111,6 +111,9 @@ class Recorder:
 
     def emptied(self, module: nn.Module, new: list[Tensor]) -> None:
         """Take note that a module's `to_empty` has made these tensors."""
+
+    def keep_names(self, tensors: Iterable[Tensor]) -> None:
+        """Take note that tensors are about to lose their names, by which their copies go."""
 
     def hold(self, module: nn.Module, name: str, value: object) -> None:
         """Take note that a module is about to get a parameter, a buffer or a child."""

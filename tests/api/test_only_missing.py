@@ -272,6 +272,32 @@ def test_reads_find_what_is_there(how: str, native: None) -> None:
     assert_missing_only(model, lambda m: fastinit.materialize_(m, fn=fn), lambda m: m.apply(fn))
 
 
+COPIES: dict[str, Fn] = {
+    "copy_": lambda m: m.new.data.copy_(m.real),
+    "scaled": lambda m: m.new.data.copy_(m.real).mul_(2),
+    "a clone": lambda m: setattr(m, "new", nn.Parameter(m.real.detach().clone())),
+    "read before": lambda m: (m.real.sum(), m.new.data.copy_(m.real)),
+    "turned": lambda m: m.new.data.copy_(m.real.T),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_of_stand_ins_go_by_the_names_of_what_stays(how: str) -> None:
+    """With a seed, as in the whole model: a student that was loaded, and its teacher."""
+
+    def fn(m: nn.Module) -> None:
+        if isinstance(m, Two):
+            nn.init.normal_(m.real)
+            COPIES[how](m)
+
+    whole, model = nn.Sequential(Two()), nn.Sequential(Two())
+    whole[0].new = nn.Parameter(torch.empty(80, 80))
+    fastinit.init_model_(whole, fn, seed=3).check()
+    fastinit.materialize_(model, fn=fn, seed=3).check()
+    assert torch.equal(model[0].new, whole[0].new)
+    assert torch.equal(model[0].real, torch.arange(6400.0).view(80, 80))
+
+
 def test_stand_ins_are_not_written() -> None:
     """Their fills are dropped with them: time and memory are those of what is missing."""
     model = nn.ModuleList([Two() for _ in range(3)])
