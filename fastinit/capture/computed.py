@@ -19,7 +19,7 @@ from torch import Tensor
 from fastinit.capture import operators
 from fastinit.capture.operators import leaves
 from fastinit.capture.pending import Memory, Stage, fills_of, is_all, stages_of
-from fastinit.capture.waiting import Cast, Computed, Identity, KeyedFill, Source, Waiting, view
+from fastinit.capture.waiting import Argument, Cast, Computed, Identity, KeyedFill, Waiting, view
 from fastinit.core import geometry, kernels, torch_api
 from fastinit.core.geometry import is_plain, storage_id
 
@@ -79,20 +79,20 @@ def results(func: Any, args: Any, kwargs: dict[str, Any], find: Find) -> list[Co
     writes = operators.written(func, args, kwargs) if operators.writes(func) else []
     if len(writes) > 1 or not all(map(is_plain, writes)):
         return None
-    kept: dict[int, Source | Tensor] = {}
+    kept: dict[int, Argument | Tensor] = {}
     inputs = {name: x for name, x in kwargs.items() if name != "out"}
     for x in leaves((args, inputs)):
         if isinstance(x, Tensor):
-            source = _kept(x, find)
-            if source is None:
+            found = _kept(x, find)
+            if found is None:
                 return None
-            kept[id(x)] = source
-    if writes and "out" not in kwargs and not isinstance(kept.get(id(writes[0])), Source):
+            kept[id(x)] = found
+    if writes and "out" not in kwargs and not isinstance(kept.get(id(writes[0])), Argument):
         return None
-    sources = [s for s in kept.values() if isinstance(s, Source)]
-    parts = dict.fromkeys(f for s in sources for w in s.fills for f in fills_of(w))
+    waiting = [s for s in kept.values() if isinstance(s, Argument)]
+    parts = dict.fromkeys(f for s in waiting for w in s.fills for f in fills_of(w))
     keyed = tuple(f for f in parts if isinstance(f, KeyedFill))
-    below = frozenset(x for s in sources for c in _computed(s.fills) for x in (id(c), *c.below))
+    below = frozenset(x for s in waiting for c in _computed(s.fills) for x in (id(c), *c.below))
     shapes = _shapes(func, args, kwargs) if len(below) < _MOST_STEPS else None
     if shapes is None:
         return None
@@ -111,7 +111,7 @@ def results(func: Any, args: Any, kwargs: dict[str, Any], find: Find) -> list[Co
     return found
 
 
-def _kept(x: Tensor, find: Find) -> Source | Tensor | None:
+def _kept(x: Tensor, find: Find) -> Argument | Tensor | None:
     """Return a tensor as it is now."""
     if not (is_plain(x) and geometry.is_here(x)) or x.is_complex() or x.is_neg() or x.is_nested:
         return None
@@ -125,7 +125,7 @@ def _kept(x: Tensor, find: Find) -> Source | Tensor | None:
     if not first.is_dense or first.extent != (0, memory.nbytes):
         return None
     at = (int(x.storage_offset()), tuple(x.shape), x.stride())
-    return Source((*memory.fills,), memory.nbytes, x.dtype, at, x.device)
+    return Argument((*memory.fills,), memory.nbytes, x.dtype, at, x.device)
 
 
 def _computed(fills: Iterable[Waiting]) -> Iterator[Computed]:
@@ -178,7 +178,7 @@ def _mapped(x: Any, f: Callable[[Any], Any]) -> Any:
     return f(x)
 
 
-def _replaced(x: Any, kept: dict[int, Source | Tensor]) -> Any:
+def _replaced(x: Any, kept: dict[int, Argument | Tensor]) -> Any:
     return _mapped(x, lambda y: kept.get(id(y), y) if isinstance(y, Tensor) else y)
 
 
@@ -209,7 +209,7 @@ class _Run:
 
     def __init__(self, write: Callable[[Stage], None]) -> None:
         self._write = write
-        self._sources: dict[tuple[int, ...], torch.UntypedStorage] = {}  # by their fills' ids
+        self._arguments: dict[tuple[int, ...], torch.UntypedStorage] = {}  # by their fills' ids
         self._results: dict[int, Tensor] = {}
 
     def put(self, computed: Computed, storage: torch.UntypedStorage) -> None:
@@ -237,19 +237,19 @@ class _Run:
         return out[computed.which] if isinstance(out, (list, tuple)) else out  # type: ignore[no-any-return]
 
     def _real(self, x: Any) -> Any:
-        if not isinstance(x, Source):
+        if not isinstance(x, Argument):
             return x
         key = (*map(id, x.fills),)
-        if key not in self._sources:
+        if key not in self._arguments:
             wide = torch.empty(x.nbytes, dtype=torch.uint8, device=x.device)
-            made = self._sources[key] = geometry.storage_of(wide)
+            made = self._arguments[key] = geometry.storage_of(wide)
             for stage in stages_of([(made, x.fills)]):
                 for fill, storage in stage:
                     if isinstance(fill, Computed):
                         self.put(fill, storage)
                     else:
                         self._write([(fill, storage)])
-        return view(self._sources[key], x.dtype, x.at)
+        return view(self._arguments[key], x.dtype, x.at)
 
 
 def identities(computed: Waiting) -> list[Identity]:
@@ -262,6 +262,6 @@ def is_copy(computed: Computed) -> bool:
     """Return whether it has the numbers of a fill, at the same places."""
     if computed.operator not in COPIES:
         return False
-    (source,) = computed.sources()
-    fill = source.fills[0]
-    return isinstance(fill, KeyedFill) and source.at[1] == fill.box[1]
+    (argument,) = computed.arguments()
+    fill = argument.fills[0]
+    return isinstance(fill, KeyedFill) and argument.at[1] == fill.box[1]

@@ -145,7 +145,7 @@ class Cast:
 
 
 @dataclass(slots=True, eq=False)
-class Source:
+class Argument:
     """A tensor as it was when an operator got it, by what waited there."""
 
     fills: tuple[Waiting, ...]
@@ -160,7 +160,7 @@ class Computed:
     """A result of an operator on what waits, for all of a storage."""
 
     operator: Any
-    args: Any  # with sources and copies in the place of tensors
+    args: Any  # with what waits, and copies, in the place of tensors
     kwargs: Any
     which: int  # of its results
     dtype: torch.dtype
@@ -173,11 +173,11 @@ class Computed:
 
     op = "computed"
 
-    def sources(self) -> Iterator[Source]:
+    def arguments(self) -> Iterator[Argument]:
         todo = [self.args, self.kwargs]
         while todo:
             x = todo.pop()
-            if isinstance(x, Source):
+            if isinstance(x, Argument):
                 yield x
             elif isinstance(x, (list, tuple)):
                 todo += x
