@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -21,9 +22,9 @@ from torch import Tensor
 from fastinit.capture import operators
 from fastinit.capture.capture import Capture
 from fastinit.capture.operators import leaves
-from fastinit.capture.pending import Memory
+from fastinit.capture.pending import Memory, is_all
 from fastinit.capture.report import Report
-from fastinit.capture.waiting import view
+from fastinit.capture.waiting import Cast, KeyedFill, view
 from fastinit.core import geometry, shard, torch_api
 
 
@@ -191,11 +192,30 @@ class ShardedCapture(Capture):
 
     def _write_pieces(self, part: Slice, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Do to what this process has of a slice what is asked for the slice."""
+        if func is torch.ops.aten.copy_.default:
+            self._name_source(part, args[1])
         others = [self._plain(x, part) if isinstance(x, Tensor) else x for x in args[1:]]
         for piece in part.pieces():
             these = (piece.of(x) if isinstance(x, Tensor) else x for x in others)
             self._write_here(piece.here, func, these, kwargs)
         return args[0]
+
+    def _name_source(self, part: Slice, by: Tensor) -> None:
+        """Let what waits in a plain tensor, and is copied to a slice, have the slice's numbers."""
+        here, region = shard.local(part.base), part.region
+        waits = self.pending.filled.get(geometry.storage_id(by)) if geometry.is_plain(by) else None
+        memory = self.pending.find_known(here) or self.pending.adopt(here, False)
+        if waits is None or memory is None or by.shape != region.shape or not is_all(by):
+            return
+        slabs = shard.of_region(by, int(region.storage_offset()), region.stride())
+        items = by.numel() * (2 if by.dtype.is_complex else 1)
+        sources = ((w.source if isinstance(w, Cast) else (w,)) for w in waits.fills)
+        for fill in itertools.chain.from_iterable(sources):
+            if isinstance(fill, KeyedFill) and fill.identity is not None and fill.items == items:
+                free = fill.place is None and fill.slabs is None and fill.fallback is None
+                if free and fill.is_dense and not fill.law.is_of_shape:
+                    fill.fallback = slabs
+                    fill.identity.heirs.insert(0, (memory, ""))
 
     def _write_here(
         self, here: Tensor, func: Any, others: Iterable[Any], kwargs: dict[str, Any]

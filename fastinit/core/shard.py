@@ -115,6 +115,14 @@ def part(p: Tensor, begin: int, sizes: Sequence[int], strides: Sequence[int]) ->
     return next(filter(None, (_inside(slab, begin, region) for slab in found)), None)
 
 
+def of_region(t: Tensor, begin: int, strides: Sequence[int]) -> list[Slab]:
+    """Return where the elements of a plain tensor stand that is all of a region of the whole."""
+    double = 2 if t.dtype.is_complex else 1
+    parts = ((2, 1, 1),) * (double - 1)
+    dims = ((n, double * m, double * j) for n, m, j in zip(t.shape, t.stride(), strides))
+    return _tidy(Slab(0, double * begin, (*parts, *dims)))
+
+
 def pieces(t: Any, begin: int, sizes: Sequence[int], strides: Sequence[int]) -> list[Piece] | None:
     """Return what this rank has of a strided region of the whole, which is counted row-major.
 

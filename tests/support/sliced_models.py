@@ -87,6 +87,7 @@ def plain_copies(m: Any) -> None:
     m.table.copy_(torch.randn(8, 9))
     m.gates.copy_(torch.empty(20, 6).normal_(std=0.3).mul_(2))
     m.decay[2:].copy_(torch.empty(5, 4).uniform_())
+    m.decay[:2].copy_(torch.ones(4))
     m.experts.data.copy_(nn.init.trunc_normal_(torch.empty(6, 3, 7)))
     m.step.copy_(torch.zeros(9, dtype=torch.float64))
 
@@ -104,6 +105,7 @@ WAYS: dict[str, Callable[[Any], None]] = {
     "experts": experts,
     "table": table,
     "mamba": mamba,
+    "plain copies": plain_copies,
     "complex": complex_numbers,
 }
 
