@@ -166,7 +166,10 @@ def table(
 
 
 def main(cases: Cases, about: str) -> None:
-    options = parser(about).parse_args()
+    arguments = parser(about)
+    options = arguments.parse_args()
+    if not any(is_wanted(name, options.names) for name in cases):
+        arguments.error(f"no case contains {' or '.join(options.names)}: {', '.join(cases)}")
     described = header()
     print(described + "\n")
     write(options.json, {"header": described, "rows": table(cases, options.names)})

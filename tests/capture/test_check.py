@@ -114,6 +114,7 @@ WRITES: dict[str, Callable[[Tensor], object]] = {
     "index": lambda t: t.view(-1).__setitem__(0, 1.0),
     "numpy": lambda t: t.numpy().fill(1) if not t.requires_grad else t.zero_(),
     "init": lambda t: nn.init.ones_(t),
+    "init of data": lambda t: nn.init.ones_(t.data),
 }
 
 
