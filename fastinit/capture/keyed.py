@@ -72,6 +72,7 @@ class KeyedCapture(Capture):
             first: index in the whole parameter of the first element of a matrix that is a part of
                 it, of which the tensor is a part
         """
+        self.hold_emptied(t)
         law = keyed_numbers.checked(law, t.dtype)
         here = shard.local(t)
         labelled = given is None and law.is_random and fallback is None and bool(self.report.roots)

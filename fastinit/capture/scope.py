@@ -49,6 +49,7 @@ class Scope(Mode, Recorder):
         self._scratch: Tensor | None = None  # for a generator's state
         self._others = Others()  # may read what waits
         self._at_entry = torch_api.keys()
+        self._emptied: dict[int, nn.Module] = {}  # before the scope, by storages not yet written
 
     # ---- from the first fill that is worth it to the end of the scope ----------------------------
 
@@ -61,7 +62,7 @@ class Scope(Mode, Recorder):
             self.report.has_begun = True
             if not self.report.is_about_models:
                 self.report.begin()
-            self.pending.watch(emptied.left())
+            self._watch_emptied()
         return not self.is_idle
 
     def _may_begin(self) -> bool:
@@ -92,11 +93,27 @@ class Scope(Mode, Recorder):
 
     def _hold_emptied(self) -> None:
         """Let the report be about modules that were emptied before the scope and filled in it."""
-        if self.pending.watches and not self.report.is_about_models:
-            for module in emptied.modules():
-                tensors = (*module.parameters(), *module.buffers())
-                if any(self.pending.has_written(t) for t in tensors):
-                    self.hold(module, "", None)
+        for module in set(self._emptied.values()):
+            if any(self.pending.has_written(t) for t in (*module.parameters(), *module.buffers())):
+                self.hold(module, "", None)
+
+    def _watch_emptied(self) -> None:
+        self.pending.watch(left := emptied.left())
+        if left and not self.report.is_about_models:
+            for m in emptied.modules():
+                for t in (*m.parameters(), *m.buffers()):
+                    if emptied.is_garbage(t):
+                        self._emptied.setdefault(storage_id(shard.local(t)), m)
+
+    def hold_emptied(self, t: Tensor) -> None:
+        """Let the report be about the module of a tensor that is about to get numbers by its name.
+
+        Otherwise names would be those in the part of it that is being initialised.
+        """
+        module = self._emptied.get(storage_id(shard.local(t))) if self._emptied else None
+        if module is not None:
+            self.hold(module, "", None)
+            self._emptied = {key: m for key, m in self._emptied.items() if m is not module}
 
     def finish(self) -> None:
         """Write what still waits, at the end of the scope."""
