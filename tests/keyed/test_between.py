@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -159,6 +160,36 @@ def test_order_of_layers(name: str) -> None:
         states.append(state(model))
     few, more = states
     assert [k for k in few if not torch.equal(few[k], more[k])] == []
+
+
+STEPS: dict[str, Callable[[Any], Any]] = {
+    "read": read, "scaled": scaled, "copied": copy.deepcopy, "half": lambda m: m.half(),
+    "bfloat16": lambda m: m.bfloat16(), "float": lambda m: m.float(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_programs(seed: int) -> None:
+    """Layers of random sorts and then random steps, with others before them and without."""
+    draw = random.Random(seed)
+    sorts = ["as it is", "weight_norm", "old weight_norm", "channels last", "sized"]
+    for _ in range(2):
+        parts = [draw.choice(sorts) for _ in range(2)]
+        steps = [draw.choice([*STEPS]) for _ in range(draw.randrange(1, 5))]
+        states = []
+        for order in ([0, 1], [1, 0]):
+            with seeded() as report:
+                model: Any = nn.Module()
+                for i in order:
+                    model.add_module(f"extra{order[0]}", nn.Linear(3, 3))
+                    model.add_module(f"part{i}", WAYS[parts[i]](linear, ["a"]))
+                for step in steps:
+                    model = STEPS[step](model)
+            assert report.unnamed == {}, steps
+            states.append(state(model))
+        first, second = states
+        mine = [k for k in first if k.startswith("part")]
+        assert [k for k in mine if not torch.equal(first[k], second[k])] == [], (parts, steps)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F64])
