@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -60,11 +59,18 @@ class Slice(NamedTuple):
                 memory_format=torch.contiguous_format
             )
 
+    def spoil(self) -> None:
+        """Let what stands for it be seen to have no values, which nobody has asked for."""
+        storage = None if self.memory is None or self.memory.touched else self.memory.storage()
+        if storage is not None and self.region.dtype.is_floating_point:
+            view(storage, self.region.dtype, (0, (self.region.numel(),), (1,))).fill_(float("nan"))
+
     def gather(self) -> None:
         """Let the tensor that stands for it have its values."""
         storage = None if self.memory is None else self.memory.storage()
         if storage is not None:
             values = self.values()
+            self.memory.touched = True  # type: ignore[union-attr]
             view(storage, values.dtype, (0, tuple(values.shape), values.stride())).copy_(values)
 
 
@@ -258,7 +264,6 @@ class ShardedCapture(Capture):
 
     def settle(self, reader: object = None) -> None:
         super().settle(reader)
-        if reader is None and sys.exc_info()[0] is not None:
-            return  # it may have been raised on this rank only
-        for part in self._slices.alive():
-            part.gather()
+        if reader is None:  # the end; who still has one may differ between ranks: no communication
+            for part in self._slices.alive():
+                part.spoil()

@@ -160,10 +160,11 @@ def outliving(rank: int, ranks: int) -> list[bool]:
         part = table[2:5]
         view, row = part.to_local(), part[1]
         fastinit.normal_(table)
+        row.sum()
     expected = table.full_tensor()
     return [
-        torch.equal(part.full_tensor(), expected[2:5]),
-        torch.equal(view, expected[2:5]),
+        bool(part.full_tensor().isnan().all()),
+        bool(view.isnan().all()),
         torch.equal(row.full_tensor(), expected[3]),
         bool(expected.all()),
     ]
@@ -171,7 +172,7 @@ def outliving(rank: int, ranks: int) -> list[bool]:
 
 @pytest.mark.slow
 def test_slices_that_outlive_the_scope() -> None:
-    """They stand for nothing any more: they have the values of its end."""
+    """They stand for nothing any more, and have values only if something has read them."""
     assert gloo.run(outliving, 2, 2) == [[True] * 4] * 2
 
 
