@@ -52,8 +52,11 @@ def write(
         and not moved
         and not isinstance(generator, Key)
     ):
+        n = tensor.numel()
+        if type(n) is not int:  # traced
+            return leave_to_torch(ORIGINALS[name], name, tensor, args, generator)
         if recorder is None or (recorder.is_idle and tensor.is_cpu):
-            if tensor.numel() < least * geometry.MIN_NATIVE:
+            if n < least * geometry.MIN_NATIVE:
                 return call_torch(ORIGINALS[name], name, tensor, args, generator)
         elif recorder.lets_pass(name, tensor, args):
             with torch_api.DisableTorchDispatch():
@@ -93,6 +96,8 @@ def written(
         recorder.expect(tensor, name)
         recorder = recording.active()
     if is_keyed(generator, recorder):
+        if not isinstance(generator, Key) and torch_api.is_traced():
+            return False
         key = generator if isinstance(generator, Key) else None
         _write_keyed(recorder, name, tensor, args, key)
         return True
@@ -135,23 +140,31 @@ def may_run_natively(name: str, t: Any, least: int) -> bool:
     if type(t) not in geometry.PLAIN or torch_api.function_modes() != 0:
         return False  # before t.numel() would be seen
     n = t.numel()
+    if type(n) is not int:
+        return False
     if recorder is None or least == 0:
         is_large = n >= least * geometry.least(geometry.device_of(t))
     else:
         is_large = recorder.takes(t, name)
     if not is_large or (recorder is not None and recorder.seed is not None):
         return False
-    return n != 0 and not torch.compiler.is_compiling() and recording.modes_allow()
+    return (
+        n != 0
+        and geometry.is_plain(t)
+        and not t.is_nested
+        and not torch.compiler.is_compiling()
+        and recording.modes_allow()
+    )
 
 
 def has_no_elements(t: Any, generator: Source) -> bool:
-    """Return whether a plain tensor is empty and no part of a larger whole."""
-    return (
-        type(t) in geometry.PLAIN
-        and torch_api.function_modes() == 0
-        and t.numel() == 0
-        and not (isinstance(generator, Key) and generator.global_shape is not None)
-    )
+    """Return whether a tensor that torch asks about first is empty, and no part of a whole."""
+    if type(t) in geometry.PLAIN and torch_api.function_modes() == 0:
+        n = t.numel()
+        is_empty = type(n) is int and n == 0  # a traced or symbolic number is torch's to look at
+    else:
+        is_empty = not torch.overrides.has_torch_function_variadic(t) and 0 in t.shape
+    return is_empty and not (isinstance(generator, Key) and generator.global_shape is not None)
 
 
 def leave_to_torch(
@@ -164,8 +177,7 @@ def leave_to_torch(
     """Call the function of torch that writes the law of `name`, or record the call."""
     recorder = recording.active()
     if recorder is not None:
-        recorder.call(Call(function, name, tensor, args, generator))
-        return tensor
+        return recorder.call(Call(function, name, tensor, args, generator))
     return call_torch(function, name, tensor, args, generator)
 
 

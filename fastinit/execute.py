@@ -46,6 +46,18 @@ def count_versions(fills: Sequence[Fill], bumps: Sequence[int]) -> None:
     torch.autograd.graph.increment_version(written)
 
 
+def count_lists(written: Sequence[object]) -> None:
+    """Count up the versions of tensors that an operator has written as lists.
+
+    torch counts single tensors before a dispatch mode sees the operator, those of lists behind it,
+    where what a mode calls does not get.
+    """
+    for tensors in written:
+        if isinstance(tensors, (list, tuple)):
+            counted = [t for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
+            torch.autograd.graph.increment_version(counted)
+
+
 def _groups(fills: Sequence[Fill]) -> Sequence[Sequence[Fill]]:
     """Return the fills by device, in order, as what is on one does not depend on the others.
 

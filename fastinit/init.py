@@ -13,13 +13,15 @@ import itertools
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import CellType, FunctionType
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Generator, Tensor
 
-from fastinit.core import build, geometry, kernels, laws, recording, source, switch
+from fastinit.core import build, geometry, kernels, laws, recording, source, switch, torch_api
 from fastinit.core.fill import gaussian_dtype
+from fastinit.core.key import Key
 from fastinit.cpu import qr as cpu_qr
 from fastinit.dispatch import (
     ORIGINALS,
@@ -428,7 +430,24 @@ def _no_grad_trunc_normal_(
     """Stand in for its namesake in torch.nn.init, which torch looks up at each call."""
     if written("trunc_normal_", tensor, (mean, std, a, b), generator, {}):
         return tensor
-    return cast(Tensor, ORIGINALS["_no_grad_trunc_normal_"](tensor, mean, std, a, b, generator))
+    return _their_trunc_normal_(tensor, mean, std, a, b, generator)
+
+
+class _Upward:
+    """The warnings module for torch's function called in our frame, which is not to count."""
+
+    @staticmethod
+    def warn(message: str, category: type[Warning] | None = None, stacklevel: int = 1) -> None:
+        warnings.warn(message, category, stacklevel + 2)
+
+
+def _in_our_frame(function: Any) -> Callable[..., Tensor]:
+    """Return a copy of a function of torch whose warnings name the line they would without us."""
+    names = {**function.__globals__, "warnings": _Upward}
+    return FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+
+
+_their_trunc_normal_ = _in_our_frame(ORIGINALS["_no_grad_trunc_normal_"])
 
 
 def _given(generator: Source) -> tuple[Generator, ...]:
@@ -438,18 +457,13 @@ def _given(generator: Source) -> tuple[Generator, ...]:
 
 
 def _deprecated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    new, old = function.__name__, function.__name__[:-1]
-
-    def alias(*args: Any, **kwargs: Any) -> Tensor:
-        warnings.warn(
-            f"`nn.init.{old}` is now deprecated in favor of `nn.init.{new}`.",
-            FutureWarning,
-            stacklevel=2,
-        )
-        return function(*args, **kwargs)
-
-    alias.__name__ = alias.__qualname__ = old
-    alias.__doc__ = f"Deprecated: the old name of `{new}`."
+    """Return torch's function of the old name, with ours in it: so warnings name torch's line."""
+    old: Any = ORIGINALS[function.__name__[:-1]]
+    parts = dict(zip(old.__code__.co_freevars, old.__closure__)) | {"meth": CellType(function)}
+    closure = tuple(parts[name] for name in old.__code__.co_freevars)
+    alias = FunctionType(old.__code__, old.__globals__, old.__name__, None, closure)
+    alias.__qualname__, alias.__module__ = old.__name__, __name__
+    alias.__doc__ = f"Deprecated: the old name of `{function.__name__}`."
     return alias
 
 
@@ -466,9 +480,25 @@ orthogonal = _deprecated(orthogonal_)
 sparse = _deprecated(sparse_)
 
 
-# Signatures are torch's: `moved` is there for its error message only.
-for _name in (*__all__, "orthogonal_batched_"):
+def _for_dynamo(function: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what torch.compile is to trace in place of a function: torch's, but for a Key."""
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(x, Key) for x in (*args, *kwargs.values())):
+            torch._dynamo.graph_break()  # and call the function
+        return original(*args, **kwargs)
+
+    return traced
+
+
+# Signatures are torch's: `moved` is there for its error message only. Compilers get torch's code.
+for _name in (*__all__, "_no_grad_trunc_normal_", "orthogonal_batched_"):
+    _function = globals()[_name]
     if _name.endswith("_"):
-        _sign = inspect.signature(globals()[_name])
+        _sign = inspect.signature(_function)
         _kept = [p for p in _sign.parameters.values() if p.name != "moved"]
-        globals()[_name].__signature__ = _sign.replace(parameters=_kept)
+        _function.__signature__ = _sign.replace(parameters=_kept)
+    if _name in ORIGINALS:
+        torch_api.compile_instead(
+            _function, _for_dynamo(_function, ORIGINALS[_name]), ORIGINALS[_name]
+        )

@@ -96,8 +96,9 @@ class Plan(Recorder):
                 self.keep([fill.tensor])
         self._append(_Fills(law, fills, [fill.extent for fill in fills]))
 
-    def call(self, call: Call) -> None:
+    def call(self, call: Call) -> Tensor:
         self._append(call)
+        return call.tensor
 
     def fill_keyed(self, law: Law, tensor: Tensor, key: Key | None) -> None:
         assert key is not None  # as a plan has no seed while it is recorded

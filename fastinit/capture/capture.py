@@ -25,7 +25,7 @@ from fastinit.capture.pending import Memory, is_all
 from fastinit.capture.scope import Scope
 from fastinit.capture.waiting import Cast, Waiting
 from fastinit.capture.written import Written, caller
-from fastinit.core import build, geometry, shard
+from fastinit.core import build, geometry, shard, torch_api
 from fastinit.core.fill import Drawn
 from fastinit.core.geometry import is_plain, storage_id
 
@@ -43,6 +43,8 @@ class Capture(Scope):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Kwargs | None = None
     ) -> Any:
+        if torch_api.dispatch_modes() != 0:  # there were none when it began: something is traced
+            return self._run(func, args, kwargs)
         if types and self.by_parts and sharded.comes_back(func, types, args):
             return NotImplemented
         handler = HANDLERS.get(func)
@@ -59,13 +61,18 @@ class Capture(Scope):
         """Let torch do it, after what it may see is written."""
         if self.pending.filled:
             self._settle_arguments(func, args, kwargs)
-        if operators.writes(func):
+        writes = operators.writes(func)
+        if writes:
             self._note_operator(func, args, kwargs or {})
         elif getattr(func, "namespace", "") == "c10d":  # whose schemas do not say what they write
             for t in leaves((args, kwargs)):
                 if isinstance(t, Tensor):
                     self.pending.wrote(t)
-        return func(*args, **kwargs) if kwargs else func(*args)
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if writes and func._schema.name.startswith("aten::_foreach_"):
+            if torch_api.dispatch_modes() == 0:
+                execute.count_lists(operators.written(func, args, kwargs or {}))
+        return out
 
     def _fill(self, func: Any, args: Any, kwargs: Kwargs, law_of: operators.LawOf) -> Any:
         t = args[0]

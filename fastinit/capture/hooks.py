@@ -19,7 +19,7 @@ from torch.nn.modules import module as nn_module
 from fastinit import install
 from fastinit.capture import emptied
 from fastinit.core import geometry, torch_api
-from fastinit.core.recording import Recorder, this_thread, told
+from fastinit.core.recording import Recorder, set_recorder, this_thread, told
 
 # Ways to a tensor's values that no operator announces, and to its address, after which anybody may
 # read or write it at any time. Others (__array__, storage, share_memory_, pickling) go by these.
@@ -93,7 +93,7 @@ def _filling(original: Callable[..., Any]) -> Callable[..., Any]:
         if recorder is not None and not (
             type(self) in geometry.PLAIN
             and torch_api.function_modes() == 0
-            and self.numel() < geometry.MIN_NATIVE
+            and (type(n := self.numel()) is not int or n < geometry.MIN_NATIVE)  # not: traced
             and self.is_cpu
         ):
             recorder.expect(self, "")
@@ -167,7 +167,12 @@ def _running(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         recorder = _active()
-        if recorder is None or not torch_api.reads_unseen(self):
+        if recorder is None:
+            return original(self, *args, **kwargs)
+        if torch_api.makes_tensors_of_numbers(self):
+            with _aside(recorder, type(self).__name__):
+                return original(self, *args, **kwargs)
+        if not torch_api.reads_unseen(self):
             return original(self, *args, **kwargs)
         code = _Native(type(self).__name__)
         recorder.settle(code.name)
@@ -178,6 +183,36 @@ def _running(original: Callable[..., Any]) -> Callable[..., Any]:
             code.runs = False
 
     return call
+
+
+def _tracing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of torch.jit's tracer, which no dispatch mode may watch."""
+
+    @functools.wraps(original)
+    def trace(*args: Any, **kwargs: Any) -> Any:
+        with _aside(_active(), "torch.jit.trace"):
+            return original(*args, **kwargs)
+
+    return trace
+
+
+@contextmanager
+def _aside(recorder: Recorder | None, what: str) -> Iterator[None]:
+    """Do something without the scope of this thread, after all that is pending is written.
+
+    To dispatch modes torch hands tensors that were made of numbers as numbers, which few operators
+    take: so does traced code, and the tracer.
+    """
+    if recorder is None or recorder.is_idle or torch_api.dispatch_modes() != recorder.modes:
+        yield
+        return
+    recorder.settle(what)
+    try:
+        set_recorder(None)
+        with torch_api.disable_current_modes():
+            yield
+    finally:
+        set_recorder(recorder)
 
 
 def _is_harmless(thread: threading.Thread) -> bool:
@@ -238,6 +273,7 @@ _METHODS: list[tuple[Any, str, _Wrap]] = [
     (torch_api.ScriptModule, "save", _saving),
     (torch_api.ScriptModule, "save_to_buffer", _saving),
     *((kind, name, _running) for kind, name in torch_api.native_calls()),
+    *((owner, name, _tracing) for owner, name in torch_api.tracer_calls()),
     (threading.Thread, "start", _starting),
     (ThreadPoolExecutor, "submit", _submitting),
 ]

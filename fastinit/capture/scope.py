@@ -139,6 +139,8 @@ class Scope(Mode, Recorder):
 
     def expect(self, t: Tensor, function: str) -> None:
         """Begin with the first fill that is worth it, and let a tensor wait that may."""
+        if torch_api.tracing_state() is not None:
+            return
         if type(t) not in geometry.PLAIN:
             t = shard.local(t)  # of a DTensor, whose operators come back for this rank's part
             if type(t) not in geometry.PLAIN:
@@ -169,6 +171,7 @@ class Scope(Mode, Recorder):
             return False
         passes = (
             torch_api.nobody_watches(self.modes)
+            and is_plain(t)
             and t.is_contiguous()
             and storage_id(t) not in self.pending.filled
             and not any(isinstance(x, Tensor) for x in args)
@@ -233,7 +236,7 @@ class Scope(Mode, Recorder):
         how = (fill.op, fill.a, fill.b, fill.items, t.dtype, extent, by, fill.bounds, fill.scale)
         self.pending.wrote(t, Written(*how))
 
-    def call(self, call: Call) -> None:
+    def call(self, call: Call) -> Tensor:
         """Make a call that fastinit leaves to torch, in most cases because it is small.
 
         A way through the mode costs each of its operators 3 us, so it is made without if possible.
@@ -247,8 +250,7 @@ class Scope(Mode, Recorder):
             or tensor.is_inference()  # has no version to see by whether something was written
             or any(isinstance(x, Tensor) for x in call.args)
         ):
-            call()
-            return
+            return call()
         memory = self.pending.filled.get(storage_id(tensor))
         overwrites = call.name.startswith("orthogonal")
         if memory is None or (overwrites and is_all(tensor)):
@@ -257,12 +259,11 @@ class Scope(Mode, Recorder):
             version = 0 if memory is None else tensor._version
             try:
                 with torch_api.DisableTorchDispatch():
-                    call()
+                    return call()
             finally:  # it may fail before or after it has written
                 if memory is not None and tensor._version != version:
                     self.pending.forget(memory)
-        else:
-            call()
+        return call()
 
     # ---- what hooks.py reports -------------------------------------------------------------------
 

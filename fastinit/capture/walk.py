@@ -58,12 +58,12 @@ class Walk(Mode, Recorder):
         self._written.update(geometry.storage_id(f.tensor) for f in fills)
         self._plan.add(fills, law)
 
-    def call(self, call: Call) -> None:
+    def call(self, call: Call) -> Tensor:
         if any(isinstance(x, Tensor) for x in call.args):
             self._refuse(call.name)
         self._tell([call.tensor])
         self._written.add(geometry.storage_id(call.tensor))
-        self._plan.call(call)
+        return self._plan.call(call)
 
     def fill_keyed(self, law: Law, tensor: Tensor, key: Key | None) -> None:
         self._tell([tensor])

@@ -84,8 +84,8 @@ class Recorder:
         """Record fills, which together write the law of one call."""
         raise NotImplementedError
 
-    def call(self, call: Call) -> None:
-        """Record a call that fastinit leaves to torch."""
+    def call(self, call: Call) -> Tensor:
+        """Record a call that fastinit leaves to torch; return what it returns."""
         raise NotImplementedError
 
     def fill_keyed(self, law: Law, tensor: Tensor, key: Key | None) -> None:

@@ -60,6 +60,22 @@ def nobody_watches(dispatch: int) -> bool:
 active_modes: Callable[[], list[Any]] = _python_dispatch._get_current_dispatch_mode_stack
 
 
+# Kinds of dispatch modes that trace, or work with tensors that have no memory; torch lets them see
+# operators after all others.
+_TRACERS = tuple(
+    getattr(_C._TorchDispatchModeKey, kind) for kind in ("FAKE", "PROXY", "FUNCTIONAL")
+)
+
+
+def is_traced() -> bool:
+    """Return whether operators go to a graph, or to tensors without memory, by a mode or tracer."""
+    return (
+        tracing_state() is not None
+        or torch.compiler.is_compiling()
+        or any(_C._get_dispatch_mode(kind) is not None for kind in _TRACERS)
+    )
+
+
 def keys() -> tuple[int, int]:
     """Return which dispatch keys this thread includes and excludes, as two sets of bits.
 
@@ -93,6 +109,14 @@ def hide_from_dynamo(code: CodeType) -> bool:
     except (AttributeError, TypeError):
         return False
     return True
+
+
+def compile_instead(
+    function: Callable[..., Any], traced: Callable[..., Any], scripted: Callable[..., Any]
+) -> None:
+    """Name what torch.compile traces, and torch.jit.script compiles, in place of a function."""
+    function._torchdynamo_inline = traced  # type: ignore[attr-defined]
+    function.__prepare_scriptable__ = lambda: scripted  # type: ignore[attr-defined]
 
 
 # ---- tensors, storages, generators ---------------------------------------------------------------
@@ -204,6 +228,27 @@ def native_calls() -> list[tuple[Any, str]]:
     names = ("run", "boxed_run", "load_constants", "update_constant_buffer")
     found = [(kind, name) for kind in kinds for name in names if name in vars(kind)]
     return [(_C.ScriptFunction, "__call__"), (_C.ScriptMethod, "__call__"), *found]
+
+
+def makes_tensors_of_numbers(code: Any) -> bool:
+    """Return whether what one of `native_calls` calls may have tensors that were Python's numbers:
+    torch.jit.trace makes such code.
+    """
+    try:
+        with disable_current_modes():  # printing looks at the numbers
+            text = str(code.inlined_graph)
+    except (AttributeError, RuntimeError):  # as below
+        return False
+    return "[value={" in text or "prim::NumToTensor" in text
+
+
+def tracer_calls() -> list[tuple[Any, str]]:
+    """Return what torch.jit.trace and torch.onnx call to trace, and prints it: owners and names."""
+    names = [f"_create_{what}_from_trace" for what in ("function", "method")]
+    names += ["_create_graph_by_tracing", *(f"{name}_with_dict" for name in names)]
+    owners = (_C, _C.ScriptModule)
+    found = [(owner, name) for owner in owners for name in names if name in vars(owner)]
+    return [*found, (_C.Graph, "__str__"), (_C.Graph, "__repr__")]
 
 
 def reads_unseen(code: Any) -> bool:
