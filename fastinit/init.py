@@ -485,7 +485,7 @@ def _for_dynamo(function: Callable[..., Any], original: Callable[..., Any]) -> C
 
     def traced(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(x, Key) for x in (*args, *kwargs.values())):
-            torch._dynamo.graph_break()  # and call the function
+            torch_api.break_graph()  # and call the function
         return original(*args, **kwargs)
 
     return traced

@@ -69,9 +69,9 @@ class Capture(Scope):
                 if isinstance(t, Tensor):
                     self.pending.wrote(t)
         out = func(*args, **kwargs) if kwargs else func(*args)
-        if writes and func._schema.name.startswith("aten::_foreach_"):
-            if torch_api.dispatch_modes() == 0:
-                execute.count_lists(operators.written(func, args, kwargs or {}))
+        lists = writes and func._schema.name.startswith("aten::_foreach_")
+        if lists and torch_api.dispatch_modes() == 0:
+            execute.count_lists(operators.written(func, args, kwargs or {}))
         return out
 
     def _fill(self, func: Any, args: Any, kwargs: Kwargs, law_of: operators.LawOf) -> Any:

@@ -111,6 +111,11 @@ def hide_from_dynamo(code: CodeType) -> bool:
     return True
 
 
+def break_graph() -> None:
+    """End the graph that torch.compile makes of its caller, if it does."""
+    torch._dynamo.graph_break()
+
+
 def compile_instead(
     function: Callable[..., Any], traced: Callable[..., Any], scripted: Callable[..., Any]
 ) -> None:
@@ -243,12 +248,11 @@ def makes_tensors_of_numbers(code: Any) -> bool:
 
 
 def tracer_calls() -> list[tuple[Any, str]]:
-    """Return what torch.jit.trace and torch.onnx call to trace, and prints it: owners and names."""
+    """Return what torch.jit.trace and torch.onnx call to trace, as owners and names."""
     names = [f"_create_{what}_from_trace" for what in ("function", "method")]
     names += ["_create_graph_by_tracing", *(f"{name}_with_dict" for name in names)]
     owners = (_C, _C.ScriptModule)
-    found = [(owner, name) for owner in owners for name in names if name in vars(owner)]
-    return [*found, (_C.Graph, "__str__"), (_C.Graph, "__repr__")]
+    return [(owner, name) for owner in owners for name in names if name in vars(owner)]
 
 
 def reads_unseen(code: Any) -> bool:

@@ -98,7 +98,7 @@ def test_jit_trace(context: Callable[[], Any]) -> None:
 
     def traced() -> Any:
         graph = torch.jit.trace(filling("normal_"), (torch.ones(SHAPE),), check_trace=False)
-        return re.sub(r"%[\w.]+|# .*", "", str(graph.graph)), graph(torch.ones(SHAPE)).tolist()
+        return graph(torch.ones(SHAPE)).tolist()
 
     assert seen(traced)[1] == ""
     assert seen(traced) == seen(traced, context)
@@ -275,7 +275,6 @@ LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
     "COO": lambda: torch.eye(20).to_sparse(),
     "parameter": lambda: nn.Parameter(torch.eye(20).to_sparse_csr()),
     "MKL-DNN": lambda: torch.zeros(20, 20).to_mkldnn(),
-    "nested": lambda: torch.nested.nested_tensor([torch.zeros(200, 200), torch.zeros(9, 200)]),
     "quantised": lambda: torch.quantize_per_tensor(torch.zeros(20, 20), 0.1, 0, torch.qint8),
 }
 
@@ -291,8 +290,6 @@ def test_layouts(make: Callable[[], torch.Tensor], context: Callable[[], Any]) -
             t = make()
             getattr(nn.init, name)(t)
             values = t.detach()
-            if values.is_nested:
-                return t._version, [x.tolist() for x in values.unbind()]
             return t._version, (values if t.is_quantized else values.to_dense()).tolist()
 
         seen(filled)  # what torch warns of once
