@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -60,7 +61,7 @@ class Slice(NamedTuple):
             )
 
     def spoil(self) -> None:
-        """Let what stands for it be seen to have no values, which nobody has asked for."""
+        """Let what stands for it be seen to have no values, which nobody has asked for in time."""
         storage = None if self.memory is None or self.memory.touched else self.memory.storage()
         if storage is not None and self.region.dtype.is_floating_point:
             view(storage, self.region.dtype, (0, (self.region.numel(),), (1,))).fill_(float("nan"))
@@ -79,6 +80,7 @@ class Slices:
 
     def __init__(self) -> None:
         self._known: dict[int, Slice] = {}
+        self._used: set[Memory | None] = set()  # of slices that have been read or written
         # Views of this rank's memory, by id.
         self._views: dict[int, tuple[weakref.ref[Any], Slice]] = {}
 
@@ -100,10 +102,27 @@ class Slices:
         found = [self._of(x) for x in leaves(tensors) if isinstance(x, Tensor)]
         return [part for part in found if part is not None]
 
+    def spoil(self) -> None:
+        """Let those that nobody has read be seen to have no values, and say so if need be."""
+        unused = 0
+        for part in self.alive():
+            part.spoil()
+            unused += part.memory not in self._used
+        if unused:
+            warnings.warn(
+                f"{unused} slices of sharded tensors were taken in a scope with a seed and neither "
+                "read nor written there: they have no values now, NaN. Read them in the scope, or "
+                "take them after it",
+                stacklevel=2,
+            )
+
     def alive(self) -> list[Slice]:
         known = self._known.items()
         self._known = {k: s for k, s in known if s.memory is not None and not s.memory.is_dead()}
         return list(self._known.values())
+
+    def use(self, part: Slice) -> None:
+        self._used.add(part.memory)
 
     def region_of(self, t: Any) -> Slice:
         """Return the part of a parameter that a DTensor is or stands for."""
@@ -198,6 +217,7 @@ class ShardedCapture(Capture):
 
     def _write_pieces(self, part: Slice, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Do to what this process has of a slice what is asked for the slice."""
+        self._slices.use(part)
         if func is torch.ops.aten.copy_.default:
             self._name_source(part, args[1])
         others = [self._plain(x, part) if isinstance(x, Tensor) else x for x in args[1:]]
@@ -247,6 +267,7 @@ class ShardedCapture(Capture):
 
     def _gather(self, tensors: Any) -> None:
         for part in self._slices.among(tensors):
+            self._slices.use(part)
             self._settle_arguments("a slice of a sharded tensor", (part.base,), None)
             part.gather()
 
@@ -265,5 +286,4 @@ class ShardedCapture(Capture):
     def settle(self, reader: object = None) -> None:
         super().settle(reader)
         if reader is None:  # the end; who still has one may differ between ranks: no communication
-            for part in self._slices.alive():
-                part.spoil()
+            self._slices.spoil()

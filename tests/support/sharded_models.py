@@ -488,7 +488,7 @@ def read_early(meshes: dict[str, DeviceMesh]) -> NDArray[Any]:
     def fn(m: nn.Module) -> None:
         typical(m)
         if isinstance(m, nn.Embedding):
-            rows.append(m.weight.detach().select(0, 1))
+            rows.append(m.weight.detach().select(0, 1).clone())
 
     for _ in range(2):  # torch looks at the memory itself only when it does this for the first time
         fastinit.materialize_(built(Case("fsdp", "net", "typical"), meshes), fn=fn, seed=SEED)
