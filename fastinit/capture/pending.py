@@ -310,6 +310,8 @@ class Pending:
         memory = self.known.get(storage_id(t))
         if memory is None:
             return storage_id(t) in self._ours
+        if memory.fills and isinstance(memory.fills[0], Computed):
+            return False
         is_noted = bool(memory.fills or memory.written or memory.overwrites)
         return is_noted or not memory.touched or memory.storage_id in self._calls
 
