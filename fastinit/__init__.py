@@ -8,7 +8,7 @@ one threaded pass.
 
 import sys as _sys
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 try:
     from fastinit import init as _init
     from fastinit.capture.report import Report

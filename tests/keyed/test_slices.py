@@ -156,7 +156,7 @@ def test_reads_on_ranks(ranks: int) -> None:
 def outliving(rank: int, ranks: int) -> list[bool]:
     mesh = init_device_mesh("cpu", (ranks,))
     table = distribute_tensor(torch.zeros(8, 9), mesh, [S0])
-    with pytest.warns(UserWarning, match="1 slices .* neither read nor written"):  # noqa: PT031  # noqa: SIM117
+    with pytest.warns(UserWarning, match="1 slices .* neither read nor written"):  # noqa: PT031, SIM117
         with fastinit.fused(seed=SEED):
             part = table[2:5]
             view, row = part.to_local(), part[1]
