@@ -125,13 +125,14 @@ def is_keyed(generator: Source, recorder: Recorder | None) -> bool:
 def _write_keyed(
     recorder: Recorder | None, name: str, tensor: Tensor, args: tuple[Any, ...], key: Key | None
 ) -> None:
-    shape = shard.global_shape(tensor, None if key is None else key.global_shape)
-    law = laws.of_shape(name, tensor.dtype, shape, args)
-    if recorder is None:
-        assert key is not None
-        execute.fill_keyed(law, tensor, key)
-    else:
-        recorder.fill_keyed(law, tensor, key)
+    with torch_api.DisableTorchFunction():  # its modes (torch.device) would see looks at memory
+        shape = shard.global_shape(tensor, None if key is None else key.global_shape)
+        law = laws.of_shape(name, tensor.dtype, shape, args)
+        if recorder is None:
+            assert key is not None
+            execute.fill_keyed(law, tensor, key)
+        else:
+            recorder.fill_keyed(law, tensor, key)
 
 
 def may_run_natively(name: str, t: Any, least: int) -> bool:

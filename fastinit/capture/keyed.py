@@ -25,7 +25,7 @@ from fastinit.capture.report import Report
 from fastinit.capture.slices import ShardedCapture
 from fastinit.capture.waiting import Cast, Computed, Identity, KeyedFill, Place, Waiting
 from fastinit.capture.written import caller
-from fastinit.core import geometry, kernels, keyed_numbers, shard
+from fastinit.core import geometry, kernels, keyed_numbers, shard, torch_api
 from fastinit.core.geometry import is_plain, storage_id
 from fastinit.core.key import Key
 from fastinit.core.laws import Law
@@ -187,7 +187,8 @@ class SeededCapture(KeyedCapture, ShardedCapture):
 
     def expect(self, t: Tensor, function: str) -> None:
         if type(t) in geometry.PLAIN:
-            self._keys.meet(t)
+            with torch_api.DisableTorchFunction():
+                self._keys.meet(t)
         super().expect(t, function)
 
     def __torch_dispatch__(
@@ -300,6 +301,7 @@ class SeededCapture(KeyedCapture, ShardedCapture):
             memory = self.pending.adopt(x, False)
             if memory is None:
                 continue
+            memory.touched = True  # one of several results, too, which nothing else notes
             memory.origins += [i for i in origins if i not in memory.origins]
             if func in computed.COPIES and x.nbytes == geometry.storage_of(x).nbytes():
                 for i in origins:

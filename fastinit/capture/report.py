@@ -22,7 +22,7 @@ from fastinit.capture.names import memory_of, named_tensors
 from fastinit.capture.pending import Memory, Stock
 from fastinit.capture.waiting import Waiting
 from fastinit.capture.written import Written, line
-from fastinit.core import geometry, progress, shard
+from fastinit.core import geometry, progress, shard, torch_api
 from fastinit.core.geometry import is_plain
 
 _MOST_LINES = 1000  # kept in `early`
@@ -311,8 +311,10 @@ class Report:
             self._modules.pop(id(module), None)  # of one that died, whose place was earlier
             self._modules[id(module)] = weakref.ref(module)
         self.held += 1
-        if isinstance(value, Tensor) and is_plain(value) and value.numel() == 1:
-            self.registered.add(geometry.storage_id(value))
+        if isinstance(value, Tensor):
+            with torch_api.DisableTorchFunction():
+                if is_plain(value) and value.numel() == 1:
+                    self.registered.add(geometry.storage_id(value))
 
     def named_tensors(self, lazy: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield names of the models it is about, then of the outermost modules the scope made.

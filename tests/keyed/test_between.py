@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import random
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.init as torch_init
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import fastinit
@@ -290,6 +291,28 @@ def test_what_is_computed_of_it_is_said() -> None:
     with pytest.warns(UserWarning, match="w has the numbers of #"), seeded() as report:
         kept = make()
     assert (list(report.unnamed), len(kept.state_dict())) == (["w"], 2)
+    assert not report.unwritten  # one of several results is written, too
+
+
+def test_in_a_device_context() -> None:
+    """A function mode, which sees fastinit look at memory if that is not hidden from it."""
+
+    def make(context: Any) -> dict[str, Tensor]:
+        with warnings.catch_warnings(), seeded() as report:
+            warnings.simplefilter("error")
+            with context:
+                model = nn.ModuleList((nn.Embedding(90, 30, padding_idx=3), nn.Linear(200, 200)))
+                torch_init.zeros_(model[1].bias)  # type: ignore[arg-type]
+                model.w = nn.Parameter(torch.randn(1) * 2)
+                model[0].weight.data[5].fill_(2)  # type: ignore[index,union-attr]
+        report.check()
+        return dict(model.named_parameters())
+
+    plain, inside = make(contextlib.nullcontext()), make(torch.device("cpu"))
+    assert all(equal(plain[name], t) for name, t in inside.items())
+    assert not inside["0.weight"][3].any()
+    assert not inside["1.bias"].any()
+    assert bool((inside["0.weight"][5] == 2).all())
 
 
 def test_tensors_of_nobody_are_listed() -> None:
