@@ -83,10 +83,10 @@ def results(func: Any, args: Any, kwargs: dict[str, Any], find: Find) -> list[Co
     inputs = {name: x for name, x in kwargs.items() if name != "out"}
     for x in leaves((args, inputs)):
         if isinstance(x, Tensor):
-            found = _kept(x, find)
-            if found is None:
+            now = _kept(x, find)
+            if now is None:
                 return None
-            kept[id(x)] = found
+            kept[id(x)] = now
     if writes and "out" not in kwargs and not isinstance(kept.get(id(writes[0])), Argument):
         return None
     waiting = [s for s in kept.values() if isinstance(s, Argument)]
