@@ -99,16 +99,16 @@ def results(func: Any, args: Any, kwargs: dict[str, Any], find: Find) -> list[Co
     asked = _replaced(args, kept), _replaced(inputs, kept)
     if "out" in kwargs:
         asked[1]["out"] = None
-    found = []
+    made: list[Computed] = []
     for which, x in enumerate(shapes):
         if x.numel() == 0 or x.is_complex() or (x.numel() == 1 and not _stays_inside()):
             return None  # torch.tensor([x]) reads a single element without an operator
         target = writes[0] if writes else x
         extent = (0, geometry.storage_of(target).nbytes())
         at = (int(target.storage_offset()), tuple(target.shape), target.stride())
-        made = Computed(func, *asked, which, target.dtype, at, extent, target.numel(), keyed, below)
-        found.append(made)
-    return found
+        dtype, items = target.dtype, target.numel()
+        made.append(Computed(func, *asked, which, dtype, at, extent, items, keyed, below))
+    return made
 
 
 def _kept(x: Tensor, find: Find) -> Argument | Tensor | None:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import itertools
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from types import CodeType, FrameType
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -62,6 +63,31 @@ def owners_of(
         if mine:
             found[id(m)] = m, mine
     return [x for key, x in found.items() if key not in inner]
+
+
+def forgotten(modules: list[nn.Module]) -> set[int]:
+    """Return the ids of those modules that nobody but the list and their own class holds.
+
+    torch keeps a module that it gives a parametrisation in that class, which copies have, too.
+    """
+    held = [_times_in_class(m) for m in modules]
+    alone = [object()]
+    most = sys.getrefcount(alone[0])
+    found = (i for i, n in enumerate(held) if n and sys.getrefcount(modules[i]) <= most + n)
+    return {id(modules[i]) for i in found}
+
+
+def _times_in_class(m: nn.Module) -> int:
+    """Return how many properties of a parametrised module's class hold it."""
+    if "parametrizations" not in m._modules:
+        return 0
+    todo: list[Any] = [p.fget for p in vars(type(m)).values() if isinstance(p, property)]
+    held = 0
+    while todo:
+        within = [c.cell_contents for c in getattr(todo.pop(), "__closure__", None) or ()]
+        held += sum(x is m for x in within)
+        todo += filter(inspect.isfunction, within)
+    return held
 
 
 def _storage_of(t: Tensor | None) -> int:

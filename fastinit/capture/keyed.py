@@ -138,9 +138,11 @@ class KeyedCapture(Capture):
 
     # ---- copies --------------------------------------------------------------------------------
 
+    def _copy_fills(self, by: Memory, to: Memory, t: Tensor, dtype: torch.dtype) -> None:
+        self._follow(by, to)
+        super()._copy_fills(by, to, t, dtype)
+
     def _copied(self, fill: Waiting, memory: Memory) -> Waiting:
-        if isinstance(fill, Computed):
-            self._inherits(memory, fill)
         if isinstance(fill, Cast):
             source = (*(self._copied(part, memory) for part in fill.source),)
             return dataclasses.replace(fill, source=source)
@@ -148,6 +150,11 @@ class KeyedCapture(Capture):
             return fill
         fill.identity.members.append((memory, fill.box))
         return dataclasses.replace(fill, memory=memory)
+
+    def _follow(self, by: Memory, to: Memory) -> None:
+        found = [i for fill in by.fills for i in computed.identities(fill)]
+        for identity in dict.fromkeys(found):
+            identity.follow(by, to)
 
     def _inherits(self, memory: Memory, fill: Waiting) -> None:
         """Let the numbers that something is computed of go by its name if they have none."""
@@ -304,8 +311,12 @@ class SeededCapture(KeyedCapture, ShardedCapture):
             memory.touched = True  # one of several results, too, which nothing else notes
             memory.origins += [i for i in origins if i not in memory.origins]
             if func in computed.COPIES and x.nbytes == geometry.storage_of(x).nbytes():
+                by = self.pending.find_known(args[func is torch.ops.aten.copy_.default])
                 for i in origins:
-                    i.members.append((memory, box_of(x)))
+                    if by is not None:
+                        i.follow(by, memory)
+                    if by is None or any(m is by for m, _ in i.members):
+                        i.members.append((memory, box_of(x)))
 
     def _fill(self, func: Any, args: Any, kwargs: dict[str, Any], law_of: operators.LawOf) -> Any:
         t = args[0]
@@ -341,6 +352,7 @@ class SeededCapture(KeyedCapture, ShardedCapture):
             local = shard.local(to)
             memory = self.pending.find_known(local) or self.pending.adopt(local, False)
             if memory is not None:
+                self._follow(waits, memory)
                 for fill in waits.fills:
                     self._inherits(memory, fill)
         if shard.is_distributed(to):
@@ -361,7 +373,7 @@ class SeededCapture(KeyedCapture, ShardedCapture):
 
     def finish(self) -> None:
         if self.report.has_several_models():
-            gc.collect(1)  # one that only the collector would find dead must not count as the first
+            gc.collect()  # what only the collector would find dead must not count as the first
         self._keys.finish()  # what is not named now never will be
         super().finish()
         self._keys.tell()

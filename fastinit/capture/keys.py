@@ -75,9 +75,11 @@ class Keys:
         """Let the report know the models that have some storages, each of which only one has."""
         owners = finding.owners_of(storages, finding.everywhere())
         counts = Counter(s for _, found in owners for s in found)
-        for m, found in owners:
+        while owners:  # nothing may hold them when the names are looked up
+            m, found = owners.pop(0)
             if any(counts[s] == 1 for s in found):
                 self._report.hold(m, "", None)
+            del m
         self.look_up()
 
     # ---- names -----------------------------------------------------------------------------------
@@ -269,7 +271,8 @@ class Keys:
                 continue
             name = self._names.first(memory.storage_id)
             own = f"/{name}"  # that it took over from what was sharded, say
-            wrong = next((i for i in memory.origins if i not in right and i.label != own), None)
+            others = (i for i in memory.origins if i not in right)
+            wrong = next((i for i in others if i.label.partition("<")[0] != own), None)
             number = next((w.key for w in memory.written if w.key in self._given), "")
             if name is None:
                 numbered += [number] if number else []

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastinit.capture import emptied, table
+from fastinit.capture import emptied, finding, table
 from fastinit.capture.names import memory_of, named_tensors
 from fastinit.capture.pending import Memory, Stock
 from fastinit.capture.waiting import Waiting
@@ -335,12 +335,15 @@ class Report:
         return not self.is_about_models and len(self._outermost()) > 1
 
     def _outermost(self) -> list[nn.Module]:
-        modules = [m for m in (ref() for ref in self._modules.values()) if m is not None]
+        found = [m for m in (ref() for ref in self._modules.values()) if m is not None]
         inner: set[int] = set()
-        for m in modules:
+        for m in found:
             if id(m) not in inner:
                 inner.update(id(part) for part in m.modules() if part is not m)
-        return [m for m in modules if id(m) not in inner]
+            del m  # what counts references comes
+        found = [m for m in found if id(m) not in inner]
+        gone = finding.forgotten(found) if len(found) > 1 else ()
+        return [m for m in found if id(m) not in gone]
 
     def _names(self) -> dict[int, tuple[str, Tensor]]:
         """Return name and tensor of each storage that a module still has."""

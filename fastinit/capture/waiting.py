@@ -45,6 +45,11 @@ class Identity:
         if owner in at:  # once: it may hold a copy of what it held itself
             self.former.append(self.members.pop(at.index(owner)))
 
+    def follow(self, by: Owner, to: Owner) -> None:
+        """Let a copy of what was computed of it stand for it as what was copied does."""
+        self.former += [(to, box) for owner, box in self.former if owner is by]
+        self.heirs += [(to, suffix) for owner, suffix in self.heirs if owner is by]
+
 
 class Place(NamedTuple):
     """Where the elements of a keyed fill stand in the stream."""
