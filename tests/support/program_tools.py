@@ -30,9 +30,16 @@ __all__ = [
     "Address", "DispatchLog", "FunctionLog", "Hundredths", "Later", "Table", "address",
     "changed_memory", "constant_", "contextlib", "copy", "default_dtype", "fastinit", "give",
     "in_pool", "in_thread", "into", "kaiming_uniform_", "listed", "logged", "math", "nn", "normal_",
-    "np", "parameter", "peek", "pickle", "saved", "torch", "trunc_normal_", "uniform_", "width",
+    "np", "parameter", "peek", "pickle", "saved", "small", "torch", "trunc_normal_", "uniform_", "width",
     "zeros_",
 ]  # fmt: skip
+
+
+def small(t: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that can be factored soon: 20,000 x 20,000 takes torch minutes."""
+    if t.numel() > 1 << 20:
+        raise ValueError("too large")
+    return t
 
 
 def parameter(module: nn.Module, k: int) -> torch.Tensor:

@@ -80,7 +80,7 @@ WORDS: dict[str, Sequence[str]] = {
     ),
     "longer_law": (
         *("ones_({w})", "eye_({w})", "dirac_({w})", "sparse_({w}, 0.3, 0.02{gen})"),
-        *("orthogonal_({w}{gen})", "orthogonal_({w}, 0.01)"),
+        *("orthogonal_(small({w}){gen})", "orthogonal_(small({w}), 0.01)"),
         *("xavier_uniform_({w}{gen})", "xavier_normal_({w}, 2.0{gen})"),
         *("kaiming_normal_({w}, mode='fan_out', nonlinearity='relu'{gen})",),
     ),
