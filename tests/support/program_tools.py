@@ -30,8 +30,8 @@ __all__ = [
     "Address", "DispatchLog", "FunctionLog", "Hundredths", "Later", "Table", "address",
     "changed_memory", "constant_", "contextlib", "copy", "default_dtype", "fastinit", "give",
     "in_pool", "in_thread", "into", "kaiming_uniform_", "listed", "logged", "math", "nn", "normal_",
-    "np", "parameter", "peek", "pickle", "saved", "small", "torch", "trunc_normal_", "uniform_", "width",
-    "zeros_",
+    "np", "parameter", "peek", "pickle", "saved", "small", "torch", "trunc_normal_", "uniform_",
+    "width", "zeros_",
 ]  # fmt: skip
 
 
