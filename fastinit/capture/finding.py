@@ -21,8 +21,10 @@ def stack() -> list[CodeType]:
     return [frame.f_code for frame in _frames()]
 
 
-def at_work(before: Sequence[CodeType], name: str = "") -> Iterator[nn.Module]:
-    """Yield the modules whose methods (of a name) are running, the innermost first.
+def at_work(
+    before: Sequence[CodeType], name: str = "", without: Collection[str] = ()
+) -> Iterator[nn.Module]:
+    """Yield the modules whose methods (of a name; without some) are running, the innermost first.
 
     `before`: `stack()` of an earlier moment; what has been running since does not count. Variables
     of a frame are looked at only if need be: up to Python 3.12 a look keeps all that they hold.
@@ -31,7 +33,9 @@ def at_work(before: Sequence[CodeType], name: str = "") -> Iterator[nn.Module]:
     since = len(list(itertools.takewhile(lambda x: x[0].f_code is x[1], zip(frames, before))))
     for frame in reversed(frames[since:]):
         code = frame.f_code
-        if code.co_argcount and code.co_varnames[0] == "self" and name in ("", code.co_name):
+        if name not in ("", code.co_name) or code.co_name in without:
+            continue
+        if code.co_argcount and code.co_varnames[0] == "self":
             module = frame.f_locals.get("self")
             if _is_made(module):
                 yield module

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastinit.capture import finding
 from fastinit.capture.names import Box, Names, box_of
@@ -24,6 +24,7 @@ from fastinit.core.work import Work, whole
 
 _MOST_USELESS = 16  # times that names are looked up again in vain
 _MOST_SEARCHES = 4  # among all modules of the process, before the end
+_OF_LAYERS = ("reset_parameters", "_reset_parameters")  # methods of theirs
 
 
 class Keys:
@@ -54,7 +55,9 @@ class Keys:
     def meet(self, t: Tensor) -> None:
         """Find the model of a tensor that is about to be filled, if the scope has not made it.
 
-        It is the outermost of those whose methods are running; if none has it, of all.
+        It is the outermost of those whose methods are running; if none has it, of all. A method
+        that layers have, too, says nothing of what they are in, and counts only if nothing else
+        does.
         """
         mine = geometry.storage_id(t)
         if self._report.is_about_models or mine in self._foreign or self._pending.knows(t):
@@ -64,12 +67,19 @@ class Keys:
             self.look_up()
             if self._names.first(mine) is not None:
                 return
-            found = [m for m in finding.at_work(self._before) if finding.owners_of((mine,), [m])]
-            if found:
-                self._report.hold(found[-1], "", None)
-            elif self._searches:
+            found = self._at_work(mine, _OF_LAYERS)
+            if not found and self._searches:
                 self._searches -= 1
                 self._search({mine})
+                if self._names.first(mine) is not None:
+                    return
+            if found := found or self._at_work(mine):
+                self._report.hold(found[-1], "", None)
+
+    def _at_work(self, storage: int, without: Collection[str] = ()) -> list[nn.Module]:
+        """Return the modules with a storage whose methods are running, the outermost last."""
+        found = finding.at_work(self._before, without=without)
+        return [m for m in found if finding.owners_of((storage,), [m])]
 
     def _search(self, storages: set[int]) -> None:
         """Let the report know the models that have some storages, each of which only one has."""

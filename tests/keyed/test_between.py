@@ -379,6 +379,19 @@ def test_existing_model(name: str, wrap: bool) -> None:
     assert wrapped is not None
 
 
+@pytest.mark.parametrize("step", [1, -1])
+def test_existing_model_layer_by_layer(step: int) -> None:
+    """reset_parameters of a layer is a method of the layer: names are the model's all the same."""
+    model = nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30), nn.Linear(30, 20))
+    with seeded() as report:
+        for m in list(model)[::step]:
+            m.reset_parameters()  # type: ignore[operator]
+    report.check()
+    for i, size in ((0, (30, 20)), (2, (20, 30))):
+        weight = keyed("kaiming_uniform_", size, ROOT5, name=f"{i}.weight")
+        assert equal(model[i].weight, weight)  # type: ignore[arg-type]
+
+
 def test_existing_models_by_their_methods() -> None:
     """Another one that only has the same attributes is not meant, and neither is what holds it."""
     other, model = Old(), Old()
