@@ -156,9 +156,9 @@ class KeyedCapture(Capture):
         for identity in dict.fromkeys(found):
             identity.follow(by, to)
 
-    def _inherits(self, memory: Memory, fill: Waiting) -> None:
+    def _inherits(self, memory: Memory, fill: Waiting, as_they_are: bool = False) -> None:
         """Let the numbers that something is computed of go by its name if they have none."""
-        is_copy = isinstance(fill, Computed) and computed.is_copy(fill)
+        is_copy = computed.is_copy(fill) if isinstance(fill, Computed) else as_they_are
         for i, identity in enumerate(computed.identities(fill)):
             identity.heirs.append((memory, "" if is_copy else f"<{i}"))
 
@@ -350,11 +350,14 @@ class SeededCapture(KeyedCapture, ShardedCapture):
         waits = self._filled(by)
         if waits is not None and (is_plain(to) or shard.is_distributed(to)):
             local = shard.local(to)
+            self.hold_emptied(to)
+            self._keys.meet(local)
             memory = self.pending.find_known(local) or self.pending.adopt(local, False)
             if memory is not None:
+                is_whole = is_plain(to) and by.shape == to.shape and is_all(by) and is_all(to)
                 self._follow(waits, memory)
                 for fill in waits.fills:
-                    self._inherits(memory, fill)
+                    self._inherits(memory, fill, is_whole and isinstance(fill, KeyedFill))
         if shard.is_distributed(to):
             part = self._slices.find(to)
             if part is None and shard.is_distributed(by) and _is_alike(to, by):

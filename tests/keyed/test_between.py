@@ -392,6 +392,28 @@ def test_existing_model_layer_by_layer(step: int) -> None:
         assert equal(model[i].weight, weight)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("emptied", [False, True])
+def test_what_is_copied_into_an_existing_model(emptied: bool) -> None:
+    """Numbers drawn in a tensor of their own are the parameter's, as when the block makes both."""
+
+    class Copies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.b = nn.Parameter(torch.zeros(9, 8)), nn.Buffer(torch.zeros(7))
+
+        def init_weights(self) -> None:
+            self.b.copy_(torch.randn(7) * 2)
+            self.w.data.copy_(torch.randn(9, 8))
+
+    model = on_meta(Copies).to_empty(device="cpu") if emptied else Copies()
+    with warnings.catch_warnings(), seeded() as report:
+        warnings.simplefilter("error")
+        model.init_weights()
+    report.check()
+    assert equal(model.w, keyed("normal_", (9, 8), name="w"))
+    assert equal(model.b, keyed("normal_", (7,), name="b") * 2)
+
+
 def test_existing_models_by_their_methods() -> None:
     """Another one that only has the same attributes is not meant, and neither is what holds it."""
     other, model = Old(), Old()
