@@ -2,7 +2,8 @@
 """Run random programs eagerly and inside `fastinit.fused()`, and compare all that is reachable.
 
 `python -m tests.support.programs 20000 --seed 0` runs many, and prints each that differs in its
-smallest form, as a script to run; `--write FOLDER` puts the scripts there.
+smallest form, as a script to run; `--write FOLDER` puts the scripts there. With `--keyed` they run
+with a seed, and the names are printed whose numbers differ between the forms of one program.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 import fastinit
-from tests.support import program_tools
+from tests.support import program_seeds, program_tools
 from tests.support.program_look import Look, Seen, copied
 from tests.support.program_text import Statement, program_of, text_of
 from tests.support.scopes import full_of
@@ -302,6 +303,18 @@ def _run_range(first: int, count: int, folder: Path | None, verbose: bool) -> in
     return failures
 
 
+def _run_keyed(first: int, count: int) -> int:
+    counts: Counter[str] = Counter()
+    failures = 0
+    for seed in range(first, first + count):
+        found = program_seeds.differences(seeds_of(seed), counts)
+        failures += bool(found)
+        if found:
+            print(f"---- seed {seed}: {', '.join(found)}", flush=True)
+    print(f"{count} programs from seed {first}: {failures} differ; {dict(counts)}")
+    return failures
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", type=int)
@@ -309,12 +322,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--threads", type=int, default=1, help="of torch, in each process")
     parser.add_argument("--write", type=Path, help="folder for the scripts of what differs")
+    parser.add_argument("--keyed", action="store_true", help="with a seed, in several forms each")
     parser.add_argument("--verbose", action="store_true", help="print each seed before its program")
     a = parser.parse_args()
     if a.jobs > 1:
         each = -(-a.count // a.jobs)
         command = [sys.executable, "-m", "tests.support.programs", str(each)]
         options = [f"--threads={a.threads}", *([f"--write={a.write}"] if a.write else [])]
+        options += ["--keyed"] * a.keyed
         starts = [a.seed + i * each for i in range(a.jobs)]
         jobs = [subprocess.Popen([*command, f"--seed={seed}", *options]) for seed in starts]
         return max(abs(job.wait()) for job in jobs)
@@ -324,6 +339,8 @@ def main() -> int:
         os.execve(sys.executable, command, environment)
     faulthandler.enable()
     torch.set_num_threads(a.threads)
+    if a.keyed:
+        return bool(_run_keyed(a.seed, a.count))
     return bool(_run_range(a.seed, a.count, a.write, a.verbose))
 
 
