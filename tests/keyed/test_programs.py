@@ -20,8 +20,9 @@ PROGRAMS = 12
 def test_equal_names_have_equal_numbers() -> None:
     counts: Counter[str] = Counter()
     assert [found for i in range(PROGRAMS) if (found := differences(seeds_of(i), counts))] == []
-    compared = ("read", "the other way round", "in bfloat16")
-    assert min(counts[how] for how in compared) > 0, counts
+    assert counts["the other way round"], counts
+    assert counts["in bfloat16"], counts
+    assert counts["read"] + counts["read, listed"], counts  # most are read too early
 
 
 @pytest.mark.slow
