@@ -152,7 +152,6 @@ def may_run_natively(name: str, t: Any, least: int) -> bool:
     return (
         n != 0
         and geometry.is_plain(t)
-        and not t.is_nested
         and not torch.compiler.is_compiling()
         and recording.modes_allow()
     )

@@ -481,11 +481,13 @@ sparse = _deprecated(sparse_)
 
 
 def _for_dynamo(function: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what torch.compile is to trace in place of a function: torch's, but for a Key."""
+    """Return what torch.compile is to trace in place of a function: torch's, but for a Key, with
+    which the function is called outside of the graph.
+    """
 
     def traced(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(x, Key) for x in (*args, *kwargs.values())):
-            torch_api.break_graph()  # and call the function
+            torch_api.break_graph("the numbers of a fastinit.Key are not written by operators")
         return original(*args, **kwargs)
 
     return traced
@@ -498,6 +500,7 @@ for _name in (*__all__, "_no_grad_trunc_normal_", "orthogonal_batched_"):
         _sign = inspect.signature(_function)
         _kept = [p for p in _sign.parameters.values() if p.name != "moved"]
         _function.__signature__ = _sign.replace(parameters=_kept)
+    torch_api.hide_from_dynamo(_function.__code__)  # when it is called from outside of a graph
     if _name in ORIGINALS:
         torch_api.compile_instead(
             _function, _for_dynamo(_function, ORIGINALS[_name]), ORIGINALS[_name]

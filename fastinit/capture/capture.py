@@ -284,7 +284,7 @@ class Capture(Scope):
             memory = self.pending.find_known(t) if copies_garbage and is_all(t) else None
             if memory is not None:
                 memory.touched, memory.written = False, []
-            elif is_plain(t) and not t.is_nested:
+            elif is_plain(t):
                 if self.pending.notes(t):
                     how = Written.small(t, name[6:], 0.0, 0.0, caller())
                     self.pending.wrote(t, how, overwrites)

@@ -148,7 +148,7 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
     return save
 
 
-class _Native(threading.Thread):
+class Native(threading.Thread):
     """Native code in this thread that reads and writes tensors without operators, as others do."""
 
     def __init__(self, what: str) -> None:
@@ -174,7 +174,7 @@ def _running(original: Callable[..., Any]) -> Callable[..., Any]:
                 return original(self, *args, **kwargs)
         if not torch_api.reads_unseen(self):
             return original(self, *args, **kwargs)
-        code = _Native(type(self).__name__)
+        code = Native(type(self).__name__)
         recorder.settle(code.name)
         recorder.before(code)
         try:
@@ -203,7 +203,7 @@ def _aside(recorder: Recorder | None, what: str) -> Iterator[None]:
     To dispatch modes torch hands tensors that were made of numbers as numbers, which few operators
     take: so does traced code, and the tracer.
     """
-    if recorder is None or recorder.is_idle or torch_api.dispatch_modes() != recorder.modes:
+    if recorder is None or torch_api.dispatch_modes() != recorder.modes:
         yield
         return
     recorder.settle(what)
@@ -213,6 +213,32 @@ def _aside(recorder: Recorder | None, what: str) -> Iterator[None]:
             yield
     finally:
         set_recorder(recorder)
+
+
+def _printing(original: Callable[..., str]) -> Callable[..., str]:
+    """Return a method that prints a graph: the numbers in it are nothing that a scope has."""
+
+    @functools.wraps(original)
+    def text(self: object) -> str:
+        if _active() is None:
+            return original(self)
+        with torch_api.disable_current_modes():
+            return original(self)
+
+    return text
+
+
+def _compiling(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what a function of torch.compile calls first, with what compiles frames, if any."""
+
+    @functools.wraps(original)
+    def callback(how: Any) -> Any:
+        recorder = _active()
+        if recorder is not None and how is not None:
+            recorder.compiled()
+        return original(how)
+
+    return callback
 
 
 def _is_harmless(thread: threading.Thread) -> bool:
@@ -274,6 +300,7 @@ _METHODS: list[tuple[Any, str, _Wrap]] = [
     (torch_api.ScriptModule, "save_to_buffer", _saving),
     *((kind, name, _running) for kind, name in torch_api.native_calls()),
     *((owner, name, _tracing) for owner, name in torch_api.tracer_calls()),
+    *((kind, name, _printing) for kind, name in torch_api.graph_prints()),
     (threading.Thread, "start", _starting),
     (ThreadPoolExecutor, "submit", _submitting),
 ]
@@ -287,6 +314,9 @@ def _hook_methods() -> None:
     They stay wrapped after the scope: every change of a class makes the interpreter forget what it
     has learnt about code that uses it, which doubled the time of a scope of ten small layers.
     """
+    for owner, name in torch_api.compiler_calls():  # which torch loads when it is first used
+        if _METHODS[-1][0] is not owner:
+            _METHODS.append((owner, name, _compiling))
     if len(_wrappers) == len(_METHODS):
         for (_, name), (there, wrapper) in _wrappers.items():
             if there.get(name) is not wrapper:
@@ -336,6 +366,7 @@ _handles: list[Any] = []  # of these hooks in torch's modules, while there are a
 
 def begin_recording(owner: object) -> None:
     """Put all of fastinit into torch.nn.init, and tell recorders what modules get."""
+    _hook_methods()
     with _lock:
         _registering.add(owner)
         for register in _REGISTER[len(_handles) :]:

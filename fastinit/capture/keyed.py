@@ -188,6 +188,7 @@ class SeededCapture(KeyedCapture, ShardedCapture):
 
     of_any_size = True
     by_parts = False  # a value depends on its place in the whole
+    compiles = False  # what is compiled draws torch's numbers, and its tensors have no names
 
     def __init__(self, report: Report, seed: int) -> None:
         super().__init__(report, seed)

@@ -39,6 +39,7 @@ class Scope(Mode, Recorder):
     is_idle = True
     is_closed = False
     of_any_size = False  # even small fills are worth a record
+    compiles = True  # torch.compile does; otherwise it calls functions as they are
 
     def __init__(self, report: Report, keeps_all: bool = False) -> None:
         super().__init__()
@@ -48,7 +49,8 @@ class Scope(Mode, Recorder):
         self.pending = Pending(report, self._write, self.of_any_size)
         self._scratch: Tensor | None = None  # for a generator's state
         self._others = Others()  # may read what waits
-        self._at_entry = torch_api.keys()
+        self._at_entry = torch_api.keys(), torch_api.compiled_depth()
+        self._compiled: hooks.Native | None = None  # code of torch.compile, also for gradients
         self._emptied: dict[int, nn.Module] = {}  # before the scope, by storages not yet written
 
     # ---- from the first fill that is worth it to the end of the scope ----------------------------
@@ -72,7 +74,8 @@ class Scope(Mode, Recorder):
         when it leaves; hooks.py begins before inference mode, which cannot be told from its keys.
         """
         return (
-            torch_api.keys() == self._at_entry  # modes, transforms and tracers show there
+            # Modes, transforms and tracers show in the keys.
+            (torch_api.keys(), torch_api.compiled_depth()) == self._at_entry
             and torch_api.in_backward() < 0
             and not torch.compiler.is_compiling()
         )
@@ -295,6 +298,23 @@ class Scope(Mode, Recorder):
             memory = self.pending.find_known(t) or self.pending.adopt(t)
             if memory is not None:
                 memory.may_wait, memory.touched = False, True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Answer torch.compile before it compiles under this mode, and the mode when it is put on
+        torch's stack, whether it may.
+        """
+        recorder = recording.active()
+        if recorder is not None:
+            recorder.compiled()
+        return cls.compiles
+
+    def compiled(self) -> None:
+        """Let nothing wait from now on: compiled code, and its backward, go by addresses."""
+        if self.compiles and self._compiled is None:
+            hooks.begin_scope(self)  # the compiler is loaded now
+            self._compiled = hooks.Native("torch.compile")
+            self.before(self._compiled)
 
     def wrote_by(self, what: str, tensors: Iterable[Tensor], draws: bool) -> None:
         """Note that something writes tensors without operators; `draws`: torch's numbers."""

@@ -53,8 +53,11 @@ storage_id = torch_api.storage_id  # what tensors over the same memory have in c
 
 
 def is_plain(t: object) -> TypeGuard[Tensor]:
-    """Return whether a tensor's values are what is in its storage: no subclass, and strided."""
-    return type(t) in PLAIN and t.layout is _STRIDED  # type: ignore[attr-defined]
+    """Return whether a tensor's values are what is in its storage: no subclass, and strided.
+
+    Of nested tensors torch says that they are strided, but they have neither sizes nor strides.
+    """
+    return type(t) in PLAIN and t.layout is _STRIDED and not t.is_nested  # type: ignore[attr-defined]
 
 
 def in_reals(t: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:

@@ -109,6 +109,9 @@ class Recorder:
     def meanwhile(self, what: threading.Thread | Future[Any] | Tensor) -> None:
         """Take note of what another thread has started, or whose address it got to know."""
 
+    def compiled(self) -> None:
+        """Take note that torch.compile's code is about to run, which reads and writes memory."""
+
     def emptied(self, module: nn.Module, new: list[Tensor]) -> None:
         """Take note that a module's `to_empty` has made these tensors."""
 

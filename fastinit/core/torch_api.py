@@ -111,9 +111,38 @@ def hide_from_dynamo(code: CodeType) -> bool:
     return True
 
 
-def break_graph() -> None:
+_COMPILER = "torch._dynamo.eval_frame"
+
+
+def compiler_calls() -> list[tuple[Any, str]]:
+    """Return what functions of torch.compile call first, with what is to compile frames or None.
+
+    Nothing before torch has loaded its compiler, and where that passes by code under any dispatch
+    mode, as it does in torch without this question.
+    """
+    module = sys.modules.get(_COMPILER)
+    asks = hasattr(TorchDispatchMode, "ignore_compile_internals")
+    names = ["_callback_from_stance"] if asks and hasattr(module, "_callback_from_stance") else []
+    return [(module, name) for name in names]
+
+
+def compiled_depth() -> int:
+    """Return how many functions of torch.compile this thread is in: when they end they put the
+    dispatch keys back.
+    """
+    module = sys.modules.get(_COMPILER)
+    if module is None:
+        return 0
+    depth, frame, names = 0, sys._getframe(1), vars(module)
+    while frame is not None:
+        depth += frame.f_globals is names
+        frame = frame.f_back  # type: ignore[assignment]
+    return depth
+
+
+def break_graph(why: str) -> None:
     """End the graph that torch.compile makes of its caller, if it does."""
-    torch._dynamo.graph_break()
+    torch._dynamo.graph_break(why)
 
 
 def compile_instead(
@@ -240,19 +269,25 @@ def makes_tensors_of_numbers(code: Any) -> bool:
     torch.jit.trace makes such code.
     """
     try:
-        with disable_current_modes():  # printing looks at the numbers
-            text = str(code.inlined_graph)
+        text = str(code.inlined_graph)
     except (AttributeError, RuntimeError):  # as below
         return False
     return "[value={" in text or "prim::NumToTensor" in text
 
 
 def tracer_calls() -> list[tuple[Any, str]]:
-    """Return what torch.jit.trace and torch.onnx call to trace, as owners and names."""
+    """Return what torch.jit.trace and torch.onnx call to trace and to check: owners and names."""
     names = [f"_create_{what}_from_trace" for what in ("function", "method")]
     names += ["_create_graph_by_tracing", *(f"{name}_with_dict" for name in names)]
-    owners = (_C, _C.ScriptModule)
+    names += ["_check_trace"]
+    owners = (_C, _C.ScriptModule, torch.jit._trace)
     return [(owner, name) for owner in owners for name in names if name in vars(owner)]
+
+
+def graph_prints() -> list[tuple[Any, str]]:
+    """Return what prints TorchScript's graphs and looks at numbers in them: owners and names."""
+    names = ("__str__", "__repr__")
+    return [(kind, name) for kind in (_C.Graph, _C.Node) for name in names if name in vars(kind)]
 
 
 def reads_unseen(code: Any) -> bool:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 import fastinit
 from tests.support.compare import attempt
@@ -112,16 +113,120 @@ def test_jit_trace_sees_what_waits() -> None:
     assert traced(torch.ones(300, 300)).sum().item() == 2 * 300 * 300
 
 
-@pytest.mark.parametrize("context", [fastinit.installed, fastinit.fused])  # not begun: no modes
-@pytest.mark.parametrize("name", ["normal_", "orthogonal_"])
-def test_compile_in_one_graph(name: str, context: Callable[[], Any]) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@each_context
+@pytest.mark.parametrize("name", ["normal_", "orthogonal_", *slow(["kaiming_uniform_", "eye_"])])
+def test_jit_trace_checks_what_it_traced(name: str, context: Callable[[], Any]) -> None:
+    def traced() -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numbers differ, as they should
+            graph = torch.jit.trace(
+                lambda x: getattr(nn.init, name)(torch.empty(40, 21)) + x, (torch.ones(40, 21),)
+            )
+        return re.sub("# .*|%[^ ]*", "", str(graph.graph)), graph(torch.ones(40, 21)).tolist()
+
+    assert seen(traced)[1] == ""
+    assert seen(traced)[0] == seen(traced, context)[0]
+
+
+# ---- torch.compile ----
+
+
+def unseen(graph: Any, inputs: object) -> Callable[..., Any]:
+    """A backend whose code goes by addresses, as inductor's does: no mode sees what it does."""
+
+    def run(*args: torch.Tensor) -> Any:
+        with _disable_current_modes():
+            return graph(*args)
+
+    return run
+
+
+BACKENDS = ["eager", unseen, *slow(["aot_eager", "inductor"])]
+
+
+@each_context
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["normal_", *slow(["orthogonal_"])])
+def test_compile_in_one_graph(name: str, backend: Any, context: Callable[[], Any]) -> None:
     def compiled() -> Any:
         torch._dynamo.reset()
-        function = torch.compile(filling(name), backend="eager", fullgraph=True)
-        return function(torch.ones(SHAPE)).tolist()
+        function = torch.compile(filling(name), backend=backend, fullgraph=True)
+        return [function(torch.empty(SHAPE).fill_(i)).tolist() for i in range(3)]
 
+    if (name, backend) == ("orthogonal_", "inductor"):
+        pytest.skip("torch itself does not compile it")
     assert seen(compiled)[1] == ""
     assert seen(compiled) == seen(compiled, context)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["compiled in the block", "before"])
+@pytest.mark.parametrize("context", [begun, lambda: fastinit.fused(watch=True)])
+def test_compiled_code_reads_and_writes_what_waits(context: Any, early: bool) -> None:
+    torch._dynamo.reset()
+    double = torch.compile(lambda x: x.mul_(2.0).sum(), backend=unseen, fullgraph=True)
+    if early:
+        double(torch.ones(SHAPE))
+    for _ in range(2):  # a second block has another scope
+        with context():
+            for i in (1.0, 2.0, 3.0):
+                x = torch.empty(SHAPE).fill_(i)
+                assert double(x).item() == 2 * i * x.numel()
+                assert x.max().item() == 2 * i
+
+
+def test_gradients_of_compiled_code_read_what_waits() -> None:
+    torch._dynamo.reset()
+    x = torch.ones(SHAPE, requires_grad=True)
+    with fastinit.fused(watch=True):
+        out = torch.compile(lambda x: x * 2, backend=unseen, fullgraph=True)(x)
+        out.backward(torch.empty(SHAPE).fill_(3.0))
+    assert x.grad is not None
+    assert x.grad.unique().tolist() == [6.0]
+
+
+@pytest.mark.parametrize("backend", ["eager", unseen])
+def test_block_that_begins_in_compiled_code_ends_well(backend: Any) -> None:
+    """Compiled functions put torch's dispatch keys back, without the mode that began meanwhile."""
+
+    def numbers() -> Any:
+        torch._dynamo.reset()
+        a = torch.compile(filling("normal_"), backend=backend, fullgraph=True)(torch.ones(SHAPE))
+        w = nn.init.normal_(torch.empty(300, 300))
+        return a.tolist(), (w * 2).tolist(), w.fill_(3.0).add(1).tolist()
+
+    assert seen(numbers)[1] == ""
+    assert seen(numbers) == seen(numbers, fastinit.fused)
+
+
+def test_compiled_functions_in_a_block_with_a_seed_are_called_as_they_are() -> None:
+    """Names of tensors would get lost, and with them the numbers that the seed gives."""
+    values = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        init = nn.init.normal_
+        if compiled:
+            init = torch.compile(lambda x: nn.init.normal_(x), backend="eager")
+        with fastinit.fused(seed=3):
+            model = nn.Linear(200, 210)
+            init(model.weight)
+        values.append(model.weight.tolist())
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("name", ["normal_", "orthogonal_"])
+def test_compiled_calls_with_a_key(name: str) -> None:
+    def fill(x: torch.Tensor, key: Any) -> Any:
+        return getattr(fastinit, name)(x * 2, generator=key) + 1
+
+    torch._dynamo.reset()
+    key = fastinit.Key(1, "w")
+    wanted = fill(torch.zeros(SHAPE), key)
+    compiled = torch.compile(fill, backend="eager")
+    assert torch.equal(compiled(torch.zeros(SHAPE), key), wanted)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=r"fastinit\.Key are not written by operators"):
+        torch.compile(fill, backend="eager", fullgraph=True)(torch.zeros(SHAPE), key)
 
 
 class Noisy(nn.Module):
@@ -275,6 +380,10 @@ LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
     "COO": lambda: torch.eye(20).to_sparse(),
     "parameter": lambda: nn.Parameter(torch.eye(20).to_sparse_csr()),
     "MKL-DNN": lambda: torch.zeros(20, 20).to_mkldnn(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(200, 4)]),
+    "jagged": lambda: torch.nested.nested_tensor(
+        [torch.zeros(3, 4), torch.zeros(200, 4)], layout=torch.jagged
+    ),
     "quantised": lambda: torch.quantize_per_tensor(torch.zeros(20, 20), 0.1, 0, torch.qint8),
 }
 
@@ -290,6 +399,8 @@ def test_layouts(make: Callable[[], torch.Tensor], context: Callable[[], Any]) -
             t = make()
             getattr(nn.init, name)(t)
             values = t.detach()
+            if t.is_nested:
+                return t._version, [x.tolist() for x in values.unbind()]
             return t._version, (values if t.is_quantized else values.to_dense()).tolist()
 
         seen(filled)  # what torch warns of once
