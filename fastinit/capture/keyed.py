@@ -227,6 +227,7 @@ class SeededCapture(KeyedCapture, ShardedCapture):
         if part is None or part.is_all:
             super()._keep(t if part is None else part.base, law, slabs, given, fallback, first)
             return
+        self._slices.use(part)
         law = keyed_numbers.checked(law, t.dtype)
         if given is None and law.is_random and self.report.roots:
             here = shard.local(part.base)

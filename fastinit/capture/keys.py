@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
@@ -280,9 +281,9 @@ class Keys:
             if memory.is_dead():
                 continue
             name = self._names.first(memory.storage_id)
-            own = f"/{name}"  # that it took over from what was sharded, say
+            own = f"/{name}"  # of which it took over something from what was sharded, say
             others = (i for i in memory.origins if i not in right)
-            wrong = next((i for i in others if i.label.partition("<")[0] != own), None)
+            wrong = next((i for i in others if re.split(r"[<[]", i.label)[0] != own), None)
             number = next((w.key for w in memory.written if w.key in self._given), "")
             if name is None:
                 numbered += [number] if number else []

@@ -25,7 +25,7 @@ from fastinit.capture.operators import leaves
 from fastinit.capture.pending import Memory, is_all
 from fastinit.capture.report import Report
 from fastinit.capture.waiting import Cast, KeyedFill, view
-from fastinit.core import geometry, shard, torch_api
+from fastinit.core import geometry, kernels, shard, torch_api
 
 
 class Slice(NamedTuple):
@@ -64,7 +64,8 @@ class Slice(NamedTuple):
         """Let what stands for it be seen to have no values, which nobody has asked for in time."""
         storage = None if self.memory is None or self.memory.touched else self.memory.storage()
         if storage is not None and self.region.dtype.is_floating_point:
-            view(storage, self.region.dtype, (0, (self.region.numel(),), (1,))).fill_(float("nan"))
+            with kernels.undisturbed(), torch.no_grad():  # the scope would gather it to write to it
+                view(storage, self.region.dtype, (0, (self.region.numel(),), (1,))).fill_(torch.nan)
 
     def gather(self) -> None:
         """Let the tensor that stands for it have its values."""
@@ -72,7 +73,8 @@ class Slice(NamedTuple):
         if storage is not None:
             values = self.values()
             self.memory.touched = True  # type: ignore[union-attr]
-            view(storage, values.dtype, (0, tuple(values.shape), values.stride())).copy_(values)
+            with kernels.undisturbed(), torch.no_grad():
+                view(storage, values.dtype, (0, tuple(values.shape), values.stride())).copy_(values)
 
 
 class Slices:

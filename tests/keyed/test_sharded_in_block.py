@@ -34,18 +34,22 @@ class Net(nn.Module):
         self.embed = nn.Embedding(501, 40, padding_idx=0)
         self.layers = nn.ModuleList(nn.Linear(40, 301) for _ in range(2))
         self.out = nn.Linear(301, 40)
+        self.gates = nn.Parameter(torch.empty(4 * 40, 40))
+        self.init_weights()
+
+    def init_weights(self) -> None:
         nn.init.trunc_normal_(self.out.weight, std=0.02)
         with torch.no_grad():
             self.layers[1].weight.mul_(0.5)
+            for i in range(4):
+                nn.init.orthogonal_(self.gates[40 * i : 40 * (i + 1)])
 
 
 def reset(m: Any) -> None:
     if hasattr(m, "reset_parameters"):
         m.reset_parameters()
     if isinstance(m, Net):
-        nn.init.trunc_normal_(m.out.weight, std=0.02)
-        with torch.no_grad():
-            m.layers[1].weight.mul_(0.5)
+        m.init_weights()
 
 
 def fsdp(mesh: DeviceMesh) -> nn.Module:
@@ -99,8 +103,14 @@ def copied_first(mesh: DeviceMesh) -> nn.Module:
     return model
 
 
+def existing(mesh: DeviceMesh) -> nn.Module:
+    """Stands for a model from before the scope, which is filled there."""
+    raise NotImplementedError
+
+
 BUILDS: dict[str, Callable[[DeviceMesh], nn.Module]] = {
-    f.__name__: f for f in (fsdp, from_meta, tp, tp_then_reset, ddp, by_hand, copied_first)
+    f.__name__: f
+    for f in (fsdp, from_meta, tp, tp_then_reset, ddp, by_hand, copied_first, existing)
 }
 
 
@@ -116,9 +126,14 @@ def plain(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 
 
 def differing(mesh: DeviceMesh, build: Callable[[DeviceMesh], nn.Module]) -> list[str]:
+    """Return what a model does not have in common with one that is not sharded."""
     expected = plain()
+    model = fsdp(mesh) if build is existing else None
     with fastinit.fused(seed=SEED) as report:
-        model = build(mesh)
+        if model is None:
+            model = build(mesh)
+        else:
+            model.apply(reset)
     report.check()
     found = {n.removeprefix("module."): whole(p) for n, p in model.named_parameters()}
     assert found.keys() == expected.keys()
