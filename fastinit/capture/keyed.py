@@ -378,7 +378,7 @@ class SeededCapture(KeyedCapture, ShardedCapture):
 
     def finish(self) -> None:
         if self.report.has_several_models():
-            gc.collect()  # what only the collector would find dead must not count as the first
+            gc.collect(1)  # what only the collector would find dead must not count as the first
         self._keys.finish()  # what is not named now never will be
         super().finish()
         self._keys.tell()
