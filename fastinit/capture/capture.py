@@ -69,8 +69,8 @@ class Capture(Scope):
                 if isinstance(t, Tensor):
                     self.pending.wrote(t)
         out = func(*args, **kwargs) if kwargs else func(*args)
-        lists = writes and func._schema.name.startswith("aten::_foreach_")
-        if lists and torch_api.dispatch_modes() == 0:
+        is_alone = operators.writes_lists(func) and torch_api.dispatch_modes() == 0
+        if is_alone and not operators.comes_from_a_mode():
             execute.count_lists(operators.written(func, args, kwargs or {}))
         return out
 

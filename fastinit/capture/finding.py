@@ -41,9 +41,19 @@ def at_work(
                 yield module
 
 
-def everywhere() -> Iterator[nn.Module]:
-    """Yield all modules that Python's garbage collector knows, without running it."""
-    return filter(_is_made, gc.get_objects())
+def everywhere() -> list[nn.Module]:
+    """Return all modules that Python's garbage collector knows, without running it.
+
+    It knows a million objects, of which a look at the type costs 30 ns each.
+    """
+    kinds: set[type] = set()
+    todo: list[type] = [nn.Module]
+    while todo:
+        kind = todo.pop()
+        if kind not in kinds:
+            kinds.add(kind)
+            todo += type.__subclasses__(kind)
+    return [x for x in gc.get_objects() if type(x) in kinds and _is_made(x)]
 
 
 def owners_of(

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -100,6 +102,23 @@ def parameters_of(func: Any, args: Any) -> tuple[str, float, float]:
 def writes(func: Any) -> bool:
     schema = getattr(func, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+@functools.cache
+def writes_lists(func: Any) -> bool:
+    """Return whether an operator counts the versions of lists, but not below a mode."""
+    return writes(func) and str(func._schema.name).startswith("aten::_foreach_")
+
+
+def comes_from_a_mode() -> bool:
+    """Return whether the operator that is done now has passed another mode."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        is_ours = frame.f_globals.get("__name__", "").startswith("fastinit.")
+        if frame.f_code.co_name == "__torch_dispatch__" and not is_ours:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:

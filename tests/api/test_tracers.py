@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastinit
 from tests.support.compare import attempt
@@ -346,6 +346,24 @@ def test_versions_of_lists(change: Any, context: Callable[[], Any]) -> None:
         return [t._version for t in tensors], [t.tolist() for t in tensors], versions
 
     assert seen(changed)[1] == ""
+    assert seen(changed) == seen(changed, context)
+
+
+class Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@each_context
+def test_versions_of_lists_below_a_mode(context: Callable[[], Any]) -> None:
+    """There torch does not count them."""
+
+    def changed() -> Any:
+        tensors = [torch.empty(SHAPE).normal_(), torch.zeros(3)]
+        with Passing():
+            torch._foreach_mul_(tensors, 2)
+        return [t._version for t in tensors]
+
     assert seen(changed) == seen(changed, context)
 
 

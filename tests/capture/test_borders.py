@@ -103,7 +103,10 @@ def interrupted(
     return None
 
 
-WAYS = [plain, watched, seeded, nested, of_a_model, from_meta, recorded]
+WAYS = [
+    *(plain, watched, nested, of_a_model, from_meta, recorded),
+    pytest.param(seeded, marks=pytest.mark.slow),  # looks for models 300 times
+]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
