@@ -53,7 +53,8 @@ def is_garbage(t: Tensor) -> bool:
 
 def left() -> list[Tensor]:
     """Return those that are still to be written, and forget the others."""
-    tensors = [t for t in (ref() for ref, *_ in tuple(_made.values())) if t is not None]
+    now = _made.copy()  # in one step: while a tuple is made of them, tensors may die
+    tensors = [t for t in (ref() for ref, *_ in now.values()) if t is not None]
     for t in tensors:
         if not is_garbage(t):
             _made.pop(id(t), None)
