@@ -37,6 +37,7 @@ class Capture(Scope):
     written."""
 
     by_parts = True  # operators on a DTensor are seen where they are done to this rank's part
+    _of_shards: Any = None  # the operator that is about to come back
 
     # ---- operators -------------------------------------------------------------------------------
 
@@ -46,6 +47,7 @@ class Capture(Scope):
         if torch_api.dispatch_modes() != 0:  # there were none when it began: something is traced
             return self._run(func, args, kwargs)
         if types and self.by_parts and sharded.comes_back(func, types, args):
+            self._of_shards = func
             return NotImplemented
         handler = HANDLERS.get(func)
         if handler is not None:
@@ -69,8 +71,9 @@ class Capture(Scope):
                 if isinstance(t, Tensor):
                     self.pending.wrote(t)
         out = func(*args, **kwargs) if kwargs else func(*args)
+        of_shards, self._of_shards = self._of_shards, None
         is_alone = operators.writes_lists(func) and torch_api.dispatch_modes() == 0
-        if is_alone and not operators.comes_from_a_mode():
+        if is_alone and func is not of_shards and not operators.comes_from_a_mode():
             execute.count_lists(operators.written(func, args, kwargs or {}))
         return out
 

@@ -116,7 +116,9 @@ def comes_from_a_mode() -> bool:
     while frame is not None:
         is_ours = frame.f_globals.get("__name__", "").startswith("fastinit.")
         if frame.f_code.co_name == "__torch_dispatch__" and not is_ours:
-            return True
+            of = frame.f_locals.get(frame.f_code.co_varnames[0])
+            if isinstance(of, torch_api.TorchDispatchMode):  # or else a class of tensors
+                return True
         frame = frame.f_back
     return False
 

@@ -187,7 +187,8 @@ class Scope(Mode, Recorder):
     def _note_temporary(self, t: Tensor, function: str) -> None:
         """Note a fill of what may be the result of other tensors, as with weight_norm."""
         if is_plain(t) and torch_api.transform() is None and not self.pending.is_from_empty(t):
-            is_result = t.grad_fn is not None and not torch_api.is_view(t)
+            # Of a view whose base was written torch does not tell the grad_fn, but raises.
+            is_result = not torch_api.is_view(t) and t.grad_fn is not None
             self.report.note_temporary(t, function, is_result)
 
     def adopt(self, t: Tensor) -> Memory | None:
