@@ -36,6 +36,7 @@ CPU_SOURCES = [
     "fill/run.cpp",
     "fill/jump.cpp",
     "keyed/run.cpp",
+    "pointwise/run.cpp",
     "qr/run.cpp",
 ]
 CUDA_SOURCES = ["module.cpp", "fill/fill.cu", "keyed/keyed.cu", "qr/qr.cu"]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from fastinit.core.laws import Law
 from fastinit.core.work import Work
 from fastinit.cpu import fills as cpu_fills
 from fastinit.cpu import keyed as cpu_keyed
+from fastinit.cpu import pointwise as cpu_pointwise
+from fastinit.cpu.pointwise import Arithmetic as Arithmetic
 from fastinit.cuda import fills as cuda_fills
 from fastinit.cuda import keyed as cuda_keyed
 
@@ -154,6 +157,18 @@ def is_cuttable(drawn: Drawn) -> bool:
 def run_parts(parts: Sequence[tuple[Drawn, int, int, int]]) -> None:
     """Write parts of fills of CPU memory; see `cpu/fills.run_parts`."""
     cpu_fills.run_parts(parts)
+
+
+def arithmetic(step: Any, t: Tensor) -> Arithmetic | None:
+    """Return what a pointwise operator, with its arguments, does to a tensor; None: torch does it."""
+    if t.is_cuda or not t.is_contiguous():
+        return None
+    return cpu_pointwise.arithmetic(*step, t.dtype)
+
+
+def run_arithmetic(todo: Sequence[tuple[Tensor, Arithmetic]]) -> None:
+    """Do arithmetic to tensors, of which no two may overlap, in one native call."""
+    cpu_pointwise.run(todo)
 
 
 # ---- the keyed stream ----------------------------------------------------------------------------

@@ -11,3 +11,4 @@
 #include "doubles.inl.h"
 #include "../laws.inl.h"
 #include "keyed/keyed.inl.h"
+#include "pointwise/pointwise.inl.h"

@@ -114,6 +114,17 @@ void run_keyed_fills(const py::bytes& packed, int threads) {
       [&] { return run_keyed(target, fills.data(), static_cast<int64_t>(fills.size()), control); });
 }
 
+void run_arithmetic(const py::bytes& packed, int threads) {
+  const std::vector<PointwiseDesc> all = unpacked<PointwiseDesc>(packed);
+  for (const PointwiseDesc& d : all) {
+    if (d.steps > kMostSteps) throw py::value_error("not a packed plan");
+  }
+  const Target& target = active_target();
+  const Control control = control_of(threads);
+  interruptible(
+      [&] { return run_pointwise(target, all.data(), static_cast<int64_t>(all.size()), control); });
+}
+
 void copy_advanced(uint64_t from, uint64_t to, uint64_t words) {
   const Target& target = active_target();
   TorchState* state = reinterpret_cast<TorchState*>(to);
@@ -144,19 +155,22 @@ PYBIND11_MODULE(_cpu, m) {
   main_thread =
       py::module_::import("threading").attr("main_thread").cast<py::object>().release().ptr();
   m.doc() = "Fills of CPU memory with torch's numbers. Addresses are the caller's responsibility.";
-  py::dict layouts, dtypes, ops;
+  py::dict layouts, dtypes, ops, arithmetic;
   layouts["fill"] = layout_of<FillDesc>();
   layouts["strided"] = layout_of<Strided>();
   layouts["diagonal"] = layout_of<Diagonal>();
   layouts["sparse"] = layout_of<Sparse>();
   layouts["keyed"] = layout_of<KeyedDesc>();
   layouts["keyed_dim"] = layout_of<KeyedDim>();
+  layouts["pointwise"] = layout_of<PointwiseDesc>();
   layouts["qr"] = layout_of<QrDesc>();
   m.attr("LAYOUTS") = layouts;
   for (const Code& c : kDtypes) dtypes[c.name] = c.code;
   m.attr("DTYPES") = dtypes;
   for (const Code& c : kOps) ops[c.name] = c.code;
   m.attr("OPS") = ops;
+  for (const Code& c : kArithmetic) arithmetic[c.name] = c.code;
+  m.attr("ARITHMETIC") = arithmetic;
   m.attr("FILL_SIZE") = sizeof(FillDesc);
   m.attr("KEYED_SIZE") = sizeof(KeyedDesc);
   m.attr("COMPILER") = FASTINIT_COMPILER;
@@ -165,6 +179,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("run_trunc", &run_truncated, py::arg("fill"), py::arg("state"), py::arg("threads"));
   m.def("run_qr", &run_matrices, py::arg("matrices"), py::arg("written"), py::arg("threads"));
   m.def("run_keyed", &run_keyed_fills, py::arg("fills"), py::arg("threads"));
+  m.def("run_pointwise", &run_arithmetic, py::arg("all"), py::arg("threads"));
   m.def("advance", &copy_advanced, py::arg("state"), py::arg("to"), py::arg("words"));
   m.def("jumps", &jumps_made);
   m.def("targets", &list_targets);

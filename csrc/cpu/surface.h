@@ -6,6 +6,7 @@
 
 #include "../keyed_desc.h"
 #include "../fill_desc.h"
+#include "../pointwise_desc.h"
 #include "fill/jump.h"
 #include "qr/qr.h"
 
@@ -44,6 +45,8 @@ struct Target {
   bool (*qr)(const QrDesc&, void* work, Team&, int worker);
   // Writes items [begin, end) of a keyed fill.
   void (*keyed)(const KeyedDesc&, uint64_t begin, uint64_t end, bool stream);
+  // Does the steps to items [begin, end).
+  void (*pointwise)(const PointwiseDesc&, int64_t begin, int64_t end);
 };
 
 const Target* targets(int* count);            // the compiled ones, best first
@@ -69,6 +72,9 @@ uint64_t run_trunc(const Target&, const FillDesc&, TorchState*, const Control&);
 
 // Runs keyed fills that touch different memory. False if interrupted: they are partly written.
 bool run_keyed(const Target&, const KeyedDesc*, int64_t count, const Control&);
+
+// Does arithmetic to tensors in different memory. False if interrupted: it is partly done.
+bool run_pointwise(const Target&, const PointwiseDesc*, int64_t count, const Control&);
 
 // Moves a generator on by so many words.
 void advance(const Target&, TorchState*, uint64_t words);

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "../keyed_desc.h"
+#include "../pointwise_desc.h"
 #include "surface.h"
 #include "lanes_scalar.h"
 #ifdef FI_X86
@@ -59,8 +60,9 @@ bool has_avx512() {
 }
 #endif
 
-#define FI_TARGET(name, supported) \
-  {#name, supported, name::skip, name::jump, name::fill, name::trunc, name::qr, name::keyed}
+#define FI_TARGET(name, supported)                                  \
+  {#name,       supported, name::skip,  name::jump,     name::fill, \
+   name::trunc, name::qr,  name::keyed, name::pointwise}
 
 // The one table: best first, name, required features and functions in the same row.
 const Target kTargets[] = {

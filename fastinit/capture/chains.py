@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -68,9 +69,27 @@ def _bits(t: Tensor) -> Tensor:
     return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
-def _apply(steps: Sequence[Step], t: Tensor) -> None:
-    for operator, args, kwargs in steps:
-        operator(t, *args, **kwargs)
+def _apply(todo: Sequence[tuple[Sequence[Step], Tensor]]) -> None:
+    """Do steps to tensors, of which no two overlap: arithmetic natively, for all in one call.
+
+    What torch does comes first, for all: its threads spin for milliseconds after each operator.
+    """
+    left = [(t, deque(steps)) for steps, t in todo]
+    while left:
+        together: list[tuple[Tensor, execute.Arithmetic]] = []
+        for t, steps in left:
+            while steps and execute.arithmetic(steps[0], t) is None:
+                operator, args, kwargs = steps.popleft()
+                operator(t, *args, **kwargs)
+            found: list[tuple[int, float]] = []
+            while steps and (known := execute.arithmetic(steps[0], t)) is not None:
+                found += known
+                steps.popleft()
+            if found:
+                together.append((t, (*found,)))
+        if together:
+            execute.run_arithmetic(together)
+        left = [(t, steps) for t, steps in left if steps]
 
 
 def _is_cuttable(chain: Chain) -> bool:
@@ -84,8 +103,7 @@ def run_chains(chains: Sequence[tuple[Chain, torch.UntypedStorage]]) -> None:
     long, since torch's threads meet at each piece.
     """
     with kernels.undisturbed(), torch.no_grad():
-        for chain, storage in chains:
-            _apply(chain.steps, view(storage, chain.dtype, chain.box))
+        _apply([(chain.steps, view(storage, chain.dtype, chain.box)) for chain, storage in chains])
 
 
 # ---- conversions ---------------------------------------------------------------------------------
@@ -141,8 +159,8 @@ def _run_cut(
                 todo.append((wide, view(storage, cast.dtype, (begin, (items,), (1,))), steps))
                 at = end + -end % 64
             execute.run_parts(parts)
-            for wide, narrow, steps in todo:
-                _apply(steps, wide)
+            _apply([(steps, wide) for wide, _, steps in todo])
+            for wide, narrow, _ in todo:
                 narrow.copy_(wide)
 
 

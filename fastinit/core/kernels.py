@@ -59,11 +59,15 @@ def packer(module: ModuleType | None, name: str, fields: str) -> struct.Struct:
 
 FAMILIES = ("run_fill", "run_keyed", "run_qr")  # what both modules do
 # What each has besides, all of which some of our files use.
-_ONLY_CPU = ("run_trunc", "advance", "jumps", "target", "targets", "KEYED_SIZE")
+_ONLY_CPU = (
+    *("run_trunc", "run_pointwise", "advance", "jumps", "target", "targets"),
+    *("KEYED_SIZE", "ARITHMETIC"),
+)
 _ONLY_CUDA = ("most_shared", "why_no_driver", "STEPS", "ARCHITECTURES")
 # The code of each dtype and operator in descriptors.
 DTYPES: dict[str, int] = getattr(_cpu, "DTYPES", {})
 OPS: dict[str, int] = getattr(_cpu, "OPS", {})
+ARITHMETIC: dict[str, int] = getattr(_cpu, "ARITHMETIC", {})
 for _module in (_cpu, _cuda):  # an old one has none
     agree(_module, "DTYPES", DTYPES, getattr(_module, "DTYPES", None))
     agree(_module, "OPS", OPS, getattr(_module, "OPS", None))
@@ -95,6 +99,11 @@ def run_keyed(packed: bytes) -> None:
     global native_fills
     _cpu.run_keyed(packed, torch.get_num_threads())
     native_fills += len(packed) // _cpu.KEYED_SIZE
+
+
+def run_pointwise(packed: bytes) -> None:
+    """Do packed arithmetic to CPU memory."""
+    _cpu.run_pointwise(packed, torch.get_num_threads())
 
 
 def orthonormalize(packed: bytes, written: bytearray) -> None:

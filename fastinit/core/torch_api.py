@@ -9,8 +9,12 @@ operator, `_parameters`, `_buffers` and `_modules` of a module.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -231,3 +235,21 @@ def strided_shard() -> Any:
     from torch.distributed.tensor.placement_types import _StridedShard
 
     return _StridedShard
+
+
+# ---- libraries -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def mkl_erfinv(dtype: torch.dtype) -> int:
+    """Return the address of the function of MKL that erfinv_ calls; 0 if torch has none.
+
+    It is linked into torch's own library, or that one's dependencies.
+    """
+    name = {torch.float32: "vmsErfInv", torch.float64: "vmdErfInv"}.get(dtype, "")
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = getattr(ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD), name)
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
