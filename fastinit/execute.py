@@ -159,11 +159,11 @@ def run_parts(parts: Sequence[tuple[Drawn, int, int, int]]) -> None:
     cpu_fills.run_parts(parts)
 
 
-def arithmetic(step: Any, t: Tensor) -> Arithmetic | None:
-    """Return what a pointwise operator, with its arguments, does to a tensor; None: torch does it."""
+def arithmetic(t: Tensor, operator: Any, args: Any, kwargs: Any) -> Arithmetic | None:
+    """Return what an operator does to each element of a tensor, or None if only torch can do it."""
     if t.is_cuda or not t.is_contiguous():
         return None
-    return cpu_pointwise.arithmetic(*step, t.dtype)
+    return cpu_pointwise.arithmetic(operator, args, kwargs, t.dtype)
 
 
 def run_arithmetic(todo: Sequence[tuple[Tensor, Arithmetic]]) -> None:

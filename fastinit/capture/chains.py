@@ -78,11 +78,11 @@ def _apply(todo: Sequence[tuple[Sequence[Step], Tensor]]) -> None:
     while left:
         together: list[tuple[Tensor, execute.Arithmetic]] = []
         for t, steps in left:
-            while steps and execute.arithmetic(steps[0], t) is None:
+            while steps and execute.arithmetic(t, *steps[0]) is None:
                 operator, args, kwargs = steps.popleft()
                 operator(t, *args, **kwargs)
             found: list[tuple[int, float]] = []
-            while steps and (known := execute.arithmetic(steps[0], t)) is not None:
+            while steps and (known := execute.arithmetic(t, *steps[0])) is not None:
                 found += known
                 steps.popleft()
             if found:

@@ -72,8 +72,8 @@ def _pack(t: Tensor, steps: Arithmetic) -> bytes:
     rest = (0,) * (_MOST - len(steps))
     codes, numbers = zip(*steps)
     return _PACK.pack(
-        geometry.address_of(t), t.numel(), torch_api.mkl_erfinv(t.dtype), *numbers, *rest, *codes, *rest,
-        geometry.DTYPES[t.dtype], len(steps),
+        geometry.address_of(t), t.numel(), torch_api.mkl_erfinv(t.dtype),
+        *numbers, *rest, *codes, *rest, geometry.DTYPES[t.dtype], len(steps),
     )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def _witnesses(dtype: torch.dtype) -> Tensor:
-    """Return 4,099 floats with all kinds of bits, infinite and denormal too, and as many below 1."""
+    """Return 4,099 floats of all kinds, infinite and denormal too, and as many from -1 to 1."""
     bits = torch.arange(4099) * 0x5851F42D4C957F2D  # the multiplier of Knuth's MMIX
     some = (bits >> (32 if dtype.itemsize == 4 else 0)).to(_INTEGERS[dtype]).view(dtype)
     return torch.cat([some, torch.linspace(-1, 1, 4099, dtype=dtype)])

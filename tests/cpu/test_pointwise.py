@@ -82,7 +82,7 @@ def test_many_tensors_and_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    "operator, args, kwargs, dtype",
+    ("operator", "args", "kwargs", "dtype"),
     [
         (OPS.add_.Tensor, (1.0,), {"alpha": 2}, F32),
         (OPS.div_.Tensor_mode, (3.0,), {"rounding_mode": "floor"}, F32),
