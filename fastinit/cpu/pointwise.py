@@ -33,7 +33,7 @@ _BOUNDS = {
 }
 _NAMES = {"aten::erfinv_", *_ONE, *_BOUNDS}
 
-Arithmetic = tuple[tuple[int, float], ...]  # codes and numbers, one after the other
+Arithmetic = tuple[tuple[int, float], ...]  # codes and numbers
 
 
 def arithmetic(
@@ -62,10 +62,9 @@ def arithmetic(
 
 def run(todo: Sequence[tuple[Tensor, Arithmetic]]) -> None:
     """Do arithmetic to contiguous tensors of CPU memory, of which no two may overlap."""
-    packed = b"".join(
-        _pack(t, steps[at : at + _MOST]) for t, steps in todo for at in range(0, len(steps), _MOST)
-    )
-    kernels.run_pointwise(packed)
+    for at in range(0, max(len(steps) for _, steps in todo), _MOST):  # a call does them at once
+        now = [(t, steps[at : at + _MOST]) for t, steps in todo if len(steps) > at]
+        kernels.run_pointwise(b"".join(_pack(*each) for each in now))
 
 
 def _pack(t: Tensor, steps: Arithmetic) -> bytes:

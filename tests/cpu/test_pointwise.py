@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastinit.core import torch_api
+from fastinit.core import kernels, torch_api
 from fastinit.cpu import pointwise
 
 OPS = torch.ops.aten
@@ -61,7 +61,7 @@ def test_torchs_bits(name: str, dtype: torch.dtype, items: int) -> None:
     assert equal(t, expected)
 
 
-def test_many_tensors_and_steps() -> None:
+def test_many_tensors_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """More steps than a descriptor has room for, in tensors of different sizes and dtypes."""
     numbers = [1.5, 0.3, -2.0, 1 / 3, 7.0, 0.1, 3.0, 1.1, -0.9, 1.3, 0.7]
     sizes = {F32: (5, 100_000), F64: (4097,)}
@@ -77,8 +77,17 @@ def test_many_tensors_and_steps() -> None:
             assert found is not None
             steps += found
         todo.append((t, steps))
+    calls: list[bytes] = []
+    run = kernels.run_pointwise
+    monkeypatch.setattr(
+        kernels, "run_pointwise", lambda packed: (calls.append(packed), run(packed))
+    )
     pointwise.run(todo)
     assert all(equal(t, e) for t, e in zip(tensors, expected, strict=True))
+    for packed in calls:  # whose descriptors are done at once
+        addresses = [each[0] for each in pointwise._PACK.iter_unpack(packed)]
+        assert len(addresses) == len(set(addresses)) == len(tensors)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
