@@ -23,6 +23,7 @@ _MOST_PARTS = 1024  # pending keyed fills of one storage
 _MOST_STATES = 2048  # pending random fills, each with 5 KB of generator state
 _MOST_LAYERS = 64  # pending fills of one storage
 _MOST_STEPS = 64  # operators of one chain
+_MOST_CALLS = 64  # small calls for one storage until they are looked at
 
 
 class SmallCall(NamedTuple):
@@ -220,6 +221,7 @@ class Pending:
         """Forget storages that have died."""
         for memory in [m for m in self.known.values() if m.is_dead()]:
             del self.known[memory.storage_id]
+            self._calls.pop(memory.storage_id, None)
             self.forget(memory)
         self._purge_at = max(1024, 2 * len(self.known))
 
@@ -261,17 +263,21 @@ class Pending:
             if key in self.known:
                 self.known[key].touched = True
             how = SmallCall(function, args, begin, t.numel(), t.dtype)
-            calls = self._calls.get(key)
-            if calls is None:
-                self._calls[key] = [how]
-            else:
-                calls.append(how)
+            calls = self._calls.setdefault(key, [])
+            calls.append(how)
+            if len(calls) > _MOST_CALLS:
+                self._known(key).note_calls(self._calls.pop(key))
+
+    def _known(self, key: int) -> Memory:
+        """Return a storage that is known or the model's."""
+        if key not in self.known:
+            self.known[key] = Memory(self._ours[key], False)
+        return self.known[key]
 
     def close(self) -> Stock:
         """Return what is known at the end of the scope, without what could keep tensors alive."""
         for key in self._calls:
-            if key not in self.known:
-                self.known[key] = Memory(self._ours[key], False)
+            self._known(key)
         stock = Stock(self.known, frozenset(self._ours), self._calls)
         self._ours, self._calls = {}, {}
         return stock

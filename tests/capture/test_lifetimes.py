@@ -151,6 +151,19 @@ def test_loops_do_not_grow(make: Callable[[torch.Tensor], Any]) -> None:
     assert len(str(report).splitlines()) < 30
 
 
+@pytest.mark.parametrize("of_one", [False, True])
+def test_small_calls_do_not_pile_up(of_one: bool) -> None:
+    """Neither those for one tensor, nor for thousands that died."""
+    with fastinit.fused(watch=True) as report:
+        capture: Any = recording.this_thread.recorder
+        t = torch.empty(9)
+        for i in range(3000):
+            torch_init.normal_(t if of_one else torch.empty(9), std=i)
+        kept = sum(len(calls) for calls in capture.pending._calls.values())
+    assert kept < 1100
+    assert len(report.rows()) <= of_one
+
+
 @each_seed
 @pytest.mark.parametrize("how", ["fused", "init_model_", "materialize_"])
 def test_nothing_is_kept_alive(how: str, seed: int | None) -> None:
