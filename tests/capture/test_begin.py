@@ -16,11 +16,18 @@ import torch.nn.init as torch_init
 from torch import Tensor, nn
 
 import fastinit
+from fastinit.capture import emptied
 from fastinit.core import geometry, recording
 from tests.support.compare import bits
 from tests.support.modes import FunctionLog
 
 LARGE = geometry.BEGIN * geometry.MIN_NATIVE
+
+
+@pytest.fixture(autouse=True)
+def _nothing_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scope begins at once while what to_empty made is unwritten; other tests may leave some."""
+    monkeypatch.setattr(emptied, "_made", {})
 
 
 def watches() -> bool:
